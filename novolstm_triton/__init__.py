@@ -1,0 +1,12 @@
+"""NovoLSTM for PyTorch: a fused recurrent layer whose kernels run a whole sequence on the GPU.
+
+`NovoLSTM` is the module, called like `torch.nn.LSTM`; `functional.novolstm` the function under it; `plan` decides how
+the Triton kernels are launched; `use_backend` chooses a backend for a block of code.
+"""
+
+from novolstm_triton import functional, plan
+from novolstm_triton.functional import use_backend
+from novolstm_triton.module import NovoLSTM
+
+__version__ = "0.1.0"
+__all__ = ["NovoLSTM", "functional", "plan", "use_backend"]

@@ -1,0 +1,290 @@
+"""The functional layer: validation, choice of backend, the two custom operators with their fakes, and the autograd function.
+
+Every backend answers the same question with the same arguments; see `reference.py` for the equations and glossary.
+"""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from novolstm_triton import reference
+from novolstm_triton.plan import chunk_steps
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+"""What `backend=` accepts: see `novolstm`."""
+
+_backend_in_use: contextvars.ContextVar[str | None] = contextvars.ContextVar("novolstm_backend", default=None)
+
+# Modules with forward(…) and backward(…), by backend; imported at first use so that a machine without triton can use the rest.
+_IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.launch"}
+
+_GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make `backend="auto"` mean `name` inside the `with` block (of this thread or async task).
+
+    Args:
+        name: "reference", "torch", "triton", or "auto" for the built-in choice. It outranks the environment
+            variable NOVOLSTM_BACKEND; a backend named in a call outranks both.
+
+    Raises:
+        ValueError: the name is no backend.
+    """
+    _check_backend_name(name, "use_backend")
+    token = _backend_in_use.set(name)
+    try:
+        yield
+    finally:
+        _backend_in_use.reset(token)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Turn `backend` as given to `novolstm` into "reference", "torch" or "triton" for tensors on `device`.
+
+    Raises:
+        ValueError: a name that is no backend, here or in the environment variable NOVOLSTM_BACKEND.
+    """
+    _check_backend_name(backend, "backend")
+    if backend == "auto":
+        backend = _backend_in_use.get() or "auto"
+    if backend == "auto":
+        backend = os.environ.get("NOVOLSTM_BACKEND") or "auto"
+        _check_backend_name(backend, "NOVOLSTM_BACKEND")
+    if backend == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    return backend
+
+
+def novolstm(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    eps: float | None = None,
+    gate_gain: float = 1.0,
+    variant: str = "formula",
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one NovoLSTM layer in one direction over a whole sequence (equations: `novolstm_triton.reference.novolstm`).
+
+    All floating tensors share one dtype and one device. Under autocast they are cast to its dtype first.
+    Saved for backward are x, y and c at every chunk border, whenever an input requires grad.
+
+    Args:
+        x: [T, B, I] input, T ≥ 1, B ≥ 1; bf16, fp16, fp32, or (not on triton) fp64.
+        h_0: [B, H] initial hidden state.
+        c_0: [B, H] initial cell state.
+        weight_ih: [5H, I] input weights, blocks i|f|g|o|p.
+        weight_hh: [5H, H] recurrent weights, blocks i|f|g|o|p; [4H, H], blocks i|f|g|o, for variant "notebook".
+        bias: [5H] sum of input and recurrent bias, or None for zero.
+        ln_weight: [H] γ of the input gate's layer normalisation.
+        ln_bias: [H] β of the input gate's layer normalisation.
+        eps: ε of the layer normalisation; None means 1e-5 (formula) or 1e-3 (notebook).
+        gate_gain: constant factor on the input gate, which is O(1/H) without one.
+        variant: "formula", i = LN(σ(z_i))·softmax(z_p); "notebook", i = LN(σ(z_i)·softmax(x W_pᵀ + b_p)).
+        lengths: [B] integer number of valid steps of each row, 0 to T; y is zero after them, h_n and c_n are the
+            states at a row's last valid step. None: all T.
+        reverse: walk from the last step to the first; a row with a length begins at its own last step.
+        backend: "auto" (triton on a GPU tensor, torch elsewhere; see `use_backend`), "reference" (a loop under
+            autograd), "torch" (hand-written backward, any device), "triton" (kernels; NVIDIA or AMD GPU).
+
+    Returns:
+        y [T, B, H], h_n [B, H], c_n [B, H], in the dtype of x.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
+        ValueError: a shape, device, length, variant or backend that does not fit.
+    """
+    if variant not in reference.RECURRENT_GATES:
+        raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {variant!r}")
+    if bias is None:
+        bias = torch.zeros(weight_ih.shape[0], dtype=weight_ih.dtype, device=weight_ih.device)
+    arguments = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
+    _check_tensors(arguments, variant)
+    lengths = _check_lengths(lengths, arguments[0])
+    eps = reference.DEFAULT_EPS[variant] if eps is None else float(eps)
+    backend = resolve_backend(backend, x.device)
+    # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return reference.novolstm(
+                *arguments, lengths, eps=eps, gate_gain=float(gate_gain), variant=variant, reverse=reverse
+            )
+        if backend == "triton":
+            _check_triton(arguments[0])
+        options = (eps, float(gate_gain), variant, reverse, backend)
+        return NovoLSTMFunction.apply(*arguments, lengths, *options)
+
+
+class NovoLSTMFunction(torch.autograd.Function):
+    """Autograd over the two operators. Arguments: the tensors of `novolstm` in its order, lengths, then eps, gate_gain, variant, reverse, backend."""
+
+    @staticmethod
+    def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
+        """Run the forward operator and keep what backward needs: the inputs, y and c at the chunk borders."""
+        chunk = chunk_steps(x.shape[0], x.shape[1], h_0.shape[1], x.element_size())
+        inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+        y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
+        ctx.save_for_backward(*inputs, lengths, y, c_border)
+        ctx.options = (*options, chunk)
+        ctx.set_materialize_grads(True)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """Run the backward operator. Differentiating it once more raises, because it has no formula of its own."""
+        dy, dh_n, dc_n = (g.contiguous() for g in grads)
+        needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
+        gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
+        pairs = zip(gradients, needs, strict=True)
+        return *(g if needed else None for g, needed in pairs), None, None, None, None, None, None
+
+
+@torch.library.custom_op("novolstm_triton::forward", mutates_args=())
+def forward_op(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    lengths: Tensor | None,
+    eps: float,
+    gate_gain: float,
+    variant: str,
+    reverse: bool,
+    backend: str,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y [T, B, H], h_n [B, H], c_n [B, H], c_border [⌈T/chunk⌉, B, H]: c before each chunk, in walking order."""
+    implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
+    options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk)
+    return implementation.forward(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, **options)
+
+
+@forward_op.register_fake
+def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
+    steps, (batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
+    y, h_n, c_n = x.new_empty(steps, batch, hidden), torch.empty_like(h_0), torch.empty_like(c_0)
+    borders = (steps + chunk - 1) // chunk
+    return y, h_n, c_n, c_0.new_empty(borders, batch, hidden, dtype=state_dtype(x.dtype))
+
+
+@torch.library.custom_op("novolstm_triton::backward", mutates_args=())
+def backward_op(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    lengths: Tensor | None,
+    y: Tensor,
+    c_border: Tensor,
+    eps: float,
+    gate_gain: float,
+    variant: str,
+    reverse: bool,
+    backend: str,
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias; an empty tensor for each that `needs` rules out."""
+    implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
+    inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk, needs=needs)
+    gradients = implementation.backward(dy, dh_n, dc_n, *inputs, lengths, y, c_border, **options)
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+
+
+@backward_op.register_fake
+def _(dy, dh_n, dc_n, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, y, c_border, *options):
+    inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    pairs = zip(inputs, options[-1], strict=True)
+    return tuple(a.new_empty(a.shape) if needed else x.new_empty(0) for a, needed in pairs)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which c is carried for tensors of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_backend_name(name: str, where: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {list(BACKENDS)}, got {name!r}")
+
+
+def _check_tensors(arguments: tuple[Tensor, ...], variant: str) -> None:
+    x, h_0 = arguments[:2]
+    for name, tensor in zip(_GRADIENTS, arguments, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+    if x.dim() != 3 or h_0.dim() != 2:
+        raise ValueError(f"expected x [T, B, I] and h_0 [B, H], got {list(x.shape)} and {list(h_0.shape)}")
+    (steps, batch, inputs), hidden = x.shape, h_0.shape[1]
+    if steps < 1 or batch < 1 or hidden < 1:
+        raise ValueError(f"expected at least one step, row and unit, got x {list(x.shape)}, h_0 {list(h_0.shape)}")
+    state, units = (batch, hidden), (hidden,)
+    recurrent = reference.RECURRENT_GATES[variant] * hidden
+    shapes = (x.shape, state, state, (5 * hidden, inputs), (recurrent, hidden), (5 * hidden,), units, units)
+    for name, tensor, shape in zip(_GRADIENTS, arguments, shapes, strict=True):
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: expected an integer Tensor, got {got}")
+    if tuple(lengths.shape) != (x.shape[1],):
+        raise ValueError(f"lengths: expected shape [{x.shape[1]}], got {list(lengths.shape)}")
+    # On a GPU the values stay unread (that would stall the stream): the backends clamp them by comparing with t.
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > x.shape[0]:
+            raise ValueError(f"lengths: expected values from 0 to {x.shape[0]}, got {low} to {high}")
+    return lengths.to(device=x.device, dtype=torch.int32)
+
+
+def _check_triton(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError("backend 'triton' has no float64: use backend='torch', or cast to float32")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"backend 'triton': expected float32, float16 or bfloat16, got {x.dtype}")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, got {x.device}: use backend='torch', "
+            "or set TRITON_INTERPRET=1 before the first import of triton to debug its kernels on a CPU"
+        )
