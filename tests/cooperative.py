@@ -1,0 +1,453 @@
+"""Runs the programs of an interpreted Triton grid side by side, so that kernels whose programs wait can be tested.
+
+Triton's interpreter runs the programs of a grid one after another: one that waits for a later one never returns.
+Inside `cooperative` each program is a coroutine that hands over before every load, store and atomic:
+
+    with cooperative(seed=3) as report:
+        kernel[(4,)](x, counter, ...)
+
+A wrong kernel raises `Deadlock`, `DataRace`, `OutOfBounds` or `ProgramError`; each names the programs and the kernel
+lines. A missing release or acquire is found under any schedule that runs its two accesses. Where instead the data itself
+says whether it has arrived (`exempt`), a mistake shows only as wrong values or a deadlock: run such kernels under several
+seeds.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import inspect
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
+
+import greenlet
+import numpy as np
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+
+from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
+
+__all__ = [
+    "POLICIES",
+    "DataRace",
+    "Deadlock",
+    "GridError",
+    "OutOfBounds",
+    "ProgramError",
+    "Report",
+    "cooperative",
+    "poisoned",
+    "poisoned_allocations",
+]
+
+# Repeats of the same access, with no store by anyone in between, after which a program counts as stuck.
+_PATIENCE = 100
+# A loop over plain loads may well read one address many times; a loop over volatile loads or atomics is waiting.
+_PLAIN_REPEAT = 0.01
+
+
+class Deadlock(GridError):
+    """Every program that is left repeats the same reads, and nobody stores."""
+
+
+class ProgramError(GridError):
+    """A program raised; the cause is its exception."""
+
+
+@dataclasses.dataclass
+class Report:
+    """What happened inside one `cooperative` block, over all its grids.
+
+    Attributes:
+        policy: name of the schedule.
+        programs: programs run.
+        switches: memory operations, each one a chance for another program to run.
+        atomics: how many of them were atomic.
+        checked: words whose order with the other programs was checked.
+        max_spins: most reads that one program repeated before it went on.
+        trace: number of the program that ran, switch by switch.
+    """
+
+    policy: str
+    programs: int = 0
+    switches: int = 0
+    atomics: int = 0
+    checked: int = 0
+    max_spins: int = 0
+    trace: array = dataclasses.field(default_factory=lambda: array("i"), repr=False)
+
+
+class _Program:
+    """One program of a grid: its coroutine, where it stands, and how long it has only repeated itself."""
+
+    def __init__(self, number: int, index: tuple[int, ...], body: Callable[["_Program"], None]) -> None:
+        self.number, self.index = number, index
+        self.coroutine = greenlet.greenlet(lambda: body(self))
+        # A new greenlet starts with an empty context, which would lose the caller's numpy and warning settings.
+        self.coroutine.gr_context = contextvars.copy_context()
+        self.site = self.address = None
+        self.atomic: tuple | None = None
+        self.seen: set[tuple] = set()
+        self.idle, self.spins, self.version = 0.0, 0, 0
+
+    def repeats(self, version: int) -> float:
+        """Reads repeated since memory last changed, which was at `version`."""
+        return self.idle if self.version == version else 0.0
+
+    def note_read(self, key: tuple, weight: float, version: int) -> None:
+        self.idle, self.version = self.repeats(version), version
+        if key in self.seen:
+            self.idle, self.spins = self.idle + weight, self.spins + 1
+        else:
+            self.seen.add(key)
+            self.idle, self.spins = 0.0, 0
+
+    def note_change(self) -> None:
+        self.seen.clear()
+        self.idle, self.spins = 0.0, 0
+
+
+def _round_robin(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
+    while True:
+        yield from (program for program in tuple(grid.live) if program in grid.live)
+
+
+def _uniform(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
+    while True:
+        yield rng.choice(grid.live)
+
+
+def _bursts(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
+    """One program runs a good way ahead, until it waits; then another."""
+    while True:
+        program = rng.choice(grid.live)
+        for _ in range(1 + int(rng.expovariate(1 / 40))):
+            yield program
+            if program not in grid.live or grid.waits(program):
+                break
+
+
+def _priorities(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
+    """The first in rank that need not wait runs, so the last one starves; now and then a program falls to the end."""
+    rank = {program: rng.random() for program in grid.live}
+    while True:
+        if rng.random() < 0.02:
+            rank[rng.choice(grid.live)] = 1 + max(rank.values())
+        ready = [program for program in grid.live if not grid.waits(program)]
+        yield min(ready, key=rank.__getitem__) if ready else rng.choice(grid.live)
+
+
+POLICIES = {"round-robin": _round_robin, "uniform": _uniform, "bursts": _bursts, "priorities": _priorities}
+
+
+class _Grid:
+    """One launch. It stands in for the kernel: collects the interpreter's one call per program, then runs them all."""
+
+    def __init__(self, executor: interpreter.GridExecutor, session: "_Session") -> None:
+        self.kernel, self.session, self.report = executor.fn, session, session.report
+        # The interpreter looks at these of what it calls.
+        self.__name__, self.__globals__ = self.kernel.__name__, self.kernel.__globals__
+        self.__signature__ = inspect.signature(self.kernel)
+        self.sites, self.tensors = Sites(), []
+        self.live: list[_Program] = []
+        self.current: _Program | None = None
+        self.failure: GridError | None = None
+        self.version = 0
+        self._calls: list[tuple] = []
+
+    def __call__(self, **arguments) -> None:
+        builder = interpreter.interpreter_builder
+        self._calls.append((builder.grid_idx, arguments))
+        if len(self._calls) == np.prod(builder.grid_dim):
+            indices = [index for index, _ in self._calls]
+            self.memory = Memory(self.tensors, indices, self.sites, self.session.check_races, self.session.exempt)
+            with contextlib.ExitStack() as patches:
+                self._patch_interpreter(builder, patches)
+                self._run(builder)
+
+    def waits(self, program: _Program) -> bool:
+        """Whether the program only repeats itself and nothing has changed that could help it."""
+        return program.repeats(self.version) >= 2
+
+    def _run(self, builder) -> None:
+        self._scheduler = greenlet.getcurrent()
+        self.live = [_Program(number, index, self._body) for number, (index, _) in enumerate(self._calls)]
+        self.report.programs += len(self.live)
+        schedule = POLICIES[self.report.policy](self, self.session.rng)
+        try:
+            while self.live:
+                self.current = program = next(schedule)
+                builder.grid_idx = program.index
+                self.report.trace.append(program.number)
+                program.coroutine.switch()
+                if self.failure is not None:
+                    raise self.failure
+                if program.coroutine.dead:
+                    self.live.remove(program)
+                    self.version += 1
+                elif all(p.repeats(self.version) >= _PATIENCE for p in (program, *self.live)):
+                    self.failure = Deadlock(self._deadlock())
+                    raise self.failure
+        finally:
+            self.report.checked += self.memory.checked
+            for program in self.live:
+                program.coroutine.throw(greenlet.GreenletExit)
+
+    def _body(self, program: _Program) -> None:
+        try:
+            # A GPU does not warn of overflow or invalid values.
+            with np.errstate(all="ignore"):
+                self.kernel(**self._calls[program.number][1])
+        except Exception as error:
+            # The interpreter wraps an exception once for each helper function that it passes through.
+            place = _place(error)
+            while isinstance(error, interpreter.InterpreterError) and error.__cause__ is not None:
+                error = error.__cause__
+                place = _place(error) + place
+            self.failure = error if isinstance(error, GridError) else None
+            if self.failure is None:
+                where = self.sites.describe(self.sites.number(place))
+                self.failure = ProgramError(f"program {program.index} at {where}: {type(error).__name__}: {error}")
+                self.failure.__cause__ = error
+
+    def _deadlock(self) -> str:
+        waiting: dict[tuple, list[_Program]] = {}
+        for program in self.live:
+            waiting.setdefault((program.site, self.memory.describe(program.address)), []).append(program)
+        lines = [f"{len(self.live)} of {len(self._calls)} programs wait, the others have ended ({self.report.policy})"]
+        for (site, what), programs in waiting.items():
+            names = ", ".join(str(program.index) for program in programs)
+            lines.append(f"  {names}: for {what} at {self.sites.describe(site)}")
+        return "\n".join(lines)
+
+    def _patch_interpreter(self, builder, patches: contextlib.ExitStack) -> None:
+        wrappers = {
+            "create_masked_load": self._load,
+            "create_masked_store": self._store,
+            "create_atomic_rmw": self._atomic_rmw,
+            "create_atomic_cas": self._atomic_cas,
+            "create_barrier": self._barrier,
+            # Triton 3.9 builds these from a load or a store.
+            "create_atomic_load": self._atomic_load_or_store,
+            "create_atomic_poll": self._atomic_load_or_store,
+            "create_atomic_store": self._atomic_load_or_store,
+        }
+        for name, wrapper in wrappers.items():
+            if hasattr(builder, name):
+                patches.enter_context(mock.patch.object(builder, name, _bind(wrapper, getattr(builder, name))))
+        # The interpreter patches triton.language anew at each call of a helper, which takes longer than most helpers.
+        patch_lang, patched = interpreter._patch_lang, {id(self.__globals__)}
+
+        def patch_once(fn):
+            if id(fn.__globals__) not in patched:
+                patched.add(id(fn.__globals__))
+                patches.callback(patch_lang(fn).restore)
+
+        patches.enter_context(mock.patch.object(interpreter, "_patch_lang", patch_once))
+
+    def _hand_over(self, pointers, mask) -> tuple[_Program, np.ndarray, int]:
+        """Lets others run; returns the program, the addresses of the lanes in use and their item size in bytes."""
+        program = self.current
+        mask = np.broadcast_to(np.asarray(mask.data), pointers.data.shape)
+        addresses = pointers.data[mask]
+        program.site, program.address = self.sites.here(), int(addresses[0]) if len(addresses) else 0
+        self.report.switches += 1
+        self._scheduler.switch()
+        return program, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def _note(self, program: _Program, addresses: np.ndarray, wrote: bool, waiting: bool) -> None:
+        if wrote:
+            self.version += 1
+            program.note_change()
+        else:
+            key = (program.site, program.address, len(addresses))
+            program.note_read(key, 1.0 if waiting else _PLAIN_REPEAT, self.version)
+            self.report.max_spins = max(self.report.max_spins, program.spins)
+
+    def _load(self, operation, pointers, mask, other, *policy, **keywords):
+        program, addresses, item_bytes = self._hand_over(pointers, mask)
+        volatile = bool(keywords.get("is_volatile", policy[-1] if policy else False))
+        if program.atomic is None:
+            self.memory.access(program.number, READ, addresses, item_bytes, program.site, volatile)
+        else:
+            self._order(program, addresses, item_bytes, *program.atomic, wrote=False)
+        self._note(program, addresses, wrote=False, waiting=volatile)
+        return operation(pointers, mask, other, *policy, **keywords)
+
+    def _store(self, operation, pointers, value, mask, *policy, **keywords):
+        program, addresses, item_bytes = self._hand_over(pointers, mask)
+        if program.atomic is None:
+            self.memory.access(program.number, WRITE, addresses, item_bytes, program.site)
+        else:
+            self._order(program, addresses, item_bytes, *program.atomic, wrote=True, replace=True)
+        self._note(program, addresses, wrote=True, waiting=False)
+        return operation(pointers, value, mask, *policy, **keywords)
+
+    def _atomic_rmw(self, operation, kind, pointers, value, mask, sem, scope):
+        program, addresses, item_bytes = self._hand_over(pointers, mask)
+        self._order(program, addresses, item_bytes, sem, scope, wrote=True)
+        old = operation(kind, pointers, value, mask, sem, scope)
+        # Adding zero is how older Tritons read atomically: it must not pass for progress.
+        changed = _load_bytes(pointers, mask, old) != old.data.tobytes()
+        self._note(program, addresses, wrote=changed, waiting=True)
+        return old
+
+    def _atomic_cas(self, operation, pointers, expected, value, sem, scope):
+        everywhere = interpreter.TensorHandle(np.ones(pointers.data.shape, bool), triton.language.int1)
+        program, addresses, item_bytes = self._hand_over(pointers, everywhere)
+        matches = _load_bytes(pointers, everywhere, expected) == expected.data.tobytes()
+        self._order(program, addresses, item_bytes, sem, scope, wrote=matches)
+        self._note(program, addresses, wrote=matches, waiting=True)
+        return operation(pointers, expected, value, sem, scope)
+
+    def _atomic_load_or_store(self, operation, *arguments):
+        program = self.current
+        program.atomic = arguments[-2:]
+        result = operation(*arguments)
+        program.atomic = None
+        self.report.atomics += 1
+        return result
+
+    def _barrier(self, operation):
+        self.memory.barrier(self.current.number)
+        return operation()
+
+    def _order(self, program, addresses, item_bytes, sem, scope, wrote, replace=False) -> None:
+        """Checks an atomic and passes on what its semantics order."""
+        self.report.atomics += 0 if program.atomic else 1
+        if scope == ir.MEM_SYNC_SCOPE.CTA:
+            # For other programs it is no atomic at all.
+            for kind in (READ, WRITE) if wrote else (READ,):
+                self.memory.access(program.number, kind, addresses, item_bytes, program.site)
+            return
+        kind = ATOMIC_WRITE if wrote else ATOMIC_READ
+        self.memory.access(program.number, kind, addresses, item_bytes, program.site)
+        if sem in (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE) and not replace:
+            self.memory.acquire(program.number, addresses)
+        if sem in (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE) and wrote:
+            self.memory.release(program.number, addresses, replace)
+
+
+def _bind(wrapper: Callable, operation: Callable) -> Callable:
+    return lambda *arguments, **keywords: wrapper(operation, *arguments, **keywords)
+
+
+def _load_bytes(pointers, mask, like) -> bytes:
+    filler = np.broadcast_to(like.data, pointers.data.shape)
+    return interpreter._interpreter.load(pointers.data, mask.data, filler, like.data.dtype).tobytes()
+
+
+def _place(error: BaseException) -> list[tuple]:
+    place, step = [], error.__traceback__
+    while step is not None:
+        place.append((step.tb_frame.f_code, step.tb_lineno))
+        step = step.tb_next
+    return place[::-1]
+
+
+def _tensors(name: str, value) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in one kernel argument, with their names."""
+    value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", item)
+
+
+@dataclasses.dataclass
+class _Session:
+    report: Report
+    rng: random.Random
+    check_races: bool
+    exempt: tuple
+
+    def launch(self, call: Callable, executor: interpreter.GridExecutor, *args, **kwargs) -> None:
+        """Does what `GridExecutor.__call__` does, with the programs side by side."""
+        grid = _Grid(executor, self)
+        to_host = executor._init_args_hst
+
+        def remember(args_dev, kwargs_dev):
+            args_hst, kwargs_hst = to_host(args_dev, kwargs_dev)
+            named = [*zip(executor.arg_names, args_hst, strict=False), *kwargs_hst.items()]
+            grid.tensors = [pair for name, value in named for pair in _tensors(name, value)]
+            return args_hst, kwargs_hst
+
+        # The executor lives for this launch only.
+        executor.fn, executor._init_args_hst = grid, remember
+        try:
+            return call(executor, *args, **kwargs)
+        except Exception:
+            if grid.failure is None:
+                raise
+        raise grid.failure
+
+
+@contextlib.contextmanager
+def cooperative(
+    seed: int | None = None,
+    *,
+    policy: str | None = None,
+    check_races: bool = True,
+    exempt: Iterable[str | torch.Tensor] = (),
+    poison: bool = False,
+) -> Iterator[Report]:
+    """Runs the programs of every grid launched inside side by side.
+
+    Args:
+        seed: None for round-robin; else the seed of a random schedule, which repeats exactly.
+        policy: a key of `POLICIES`; by default the seed picks one of the three random ones.
+        check_races: whether to check that accesses of different programs are ordered.
+        exempt: tensors, or names of kernel arguments, whose volatile loads need no order (see `happens_before.Memory`).
+        poison: whether allocations inside come back full of NaN (see `poisoned_allocations`).
+
+    Yields:
+        The counts, complete once the block ends.
+
+    Raises:
+        Deadlock: all programs that are left wait.
+        DataRace: two accesses to the same bytes are not ordered.
+        OutOfBounds: an address lies outside every tensor that the kernel was given.
+        ProgramError: a program raised.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("cooperative needs the interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    if policy is None:
+        policy = "round-robin" if seed is None else ("uniform", "bursts", "priorities")[seed % 3]
+    session = _Session(Report(policy), random.Random(seed), check_races, tuple(exempt))
+    call = interpreter.GridExecutor.__call__
+    with contextlib.ExitStack() as stack:
+        if poison:
+            stack.enter_context(poisoned_allocations())
+
+        def launch(executor, *args, **kwargs):
+            return session.launch(call, executor, *args, **kwargs)
+
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
+        yield session.report
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor full of NaN, or of the greatest integer."""
+    with poisoned_allocations():
+        return torch.empty(shape, dtype=dtype)
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fills what PyTorch allocates without a value (`torch.empty`, `new_empty`, ...) with NaN or the greatest integer.
+
+    A kernel that reads such memory before it is written then shows. PyTorch does the filling, in its deterministic mode.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
