@@ -1,6 +1,313 @@
-"""How a layer is launched: a pure function of sizes and device properties."""
+"""How a layer is launched: a pure function from sizes and device properties to a frozen plan, and pins on its choices.
+
+The plan enumerates the tilings that a kernel accepts, drops those that do not fit the device, and takes the one whose
+modelled time per step is least. No device is needed to plan, and nothing is measured at run time.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The properties of a GPU that decide a plan."""
+
+    name: str
+    backend: str
+    """"cuda", "hip" or "interpreter"."""
+    arch: int | str
+    """Compute capability times ten (90), or the gfx name."""
+    multiprocessors: int
+    smem_bytes: int
+    """Shared memory that one program may use, opted in."""
+    warp_size: int = 32
+
+
+H100 = Device("H100", "cuda", 90, 132, 232448)
+H200 = Device("H200", "cuda", 90, 132, 232448)
+B200 = Device("B200", "cuda", 100, 148, 232448)
+A100 = Device("A100", "cuda", 80, 108, 166912)
+RTX_4090 = Device("RTX 4090", "cuda", 89, 128, 101376)
+MI300X = Device("MI300X", "hip", "gfx942", 304, 65536, warp_size=64)
+INTERPRETER = Device("interpreter", "interpreter", "cpu", 1, 2**40)
+"""Triton's interpreter: it runs one program after another, so programs cannot wait for each other."""
+
+EXCHANGES = ("none", "barrier")
+"""How hidden slices exchange data: a single slice does not; a counter barrier."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelPlan:
+    """How one persistent kernel is launched."""
+
+    slices: int
+    """Programs that share the hidden units of a batch tile."""
+    units: int
+    """Units per slice; the last one may hold fewer."""
+    block_b: int
+    """Rows per batch tile."""
+    block_n: int
+    """`units` padded to the tile size that tl.dot takes."""
+    block_k: int
+    """Units of h per tile of the K loop."""
+    resident: bool
+    """Whether the recurrent weights stay in shared memory for all steps; otherwise they stream from L2."""
+    exchange: str
+    tiles: int
+    """Batch tiles in all."""
+    tiles_per_launch: int
+    """Batch tiles that are resident together; the others follow in successive launches."""
+    num_warps: int
+    num_stages: int
+    smem_bytes: int
+    """Upper bound of the shared memory of one program."""
+    step_us: float
+    """Modelled time of a step over all launches, in µs; good for ranking plans, not for quoting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+    """How a layer is launched."""
+
+    forward: KernelPlan
+    backward: KernelPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Pins:
+    """Choices that `forced` has taken out of the plan's hands; None leaves one to the plan."""
+
+    slices: int | None = None
+    block_b: int | None = None
+    block_k: int | None = None
+    resident: bool | None = None
+    exchange: str | None = None
+    chunk: int | None = None
+    device: Device | None = None
+
+
+_pins: contextvars.ContextVar[Pins] = contextvars.ContextVar("novolstm_pins", default=Pins())
+
+
+@contextlib.contextmanager
+def forced(
+    *,
+    slices: int | None = None,
+    block_b: int | None = None,
+    block_k: int | None = None,
+    resident: bool | None = None,
+    exchange: str | None = None,
+    chunk: int | None = None,
+    device: Device | None = None,
+) -> Iterator[None]:
+    """Pin choices of the plan inside the `with` block; what is left out stays as it was.
+
+    Args:
+        slices: hidden slices per batch tile.
+        block_b: rows per batch tile, a power of two ≥ 16.
+        block_k: units of h per tile of the K loop, a power of two ≥ 16.
+        resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
+        exchange: "none" (one slice) or "barrier".
+        chunk: time steps per chunk; of the torch backend, too.
+        device: plan as if for this device, whatever the tensors are on.
+
+    Raises:
+        ValueError: a value that no plan can have. One that this layer or device cannot have raises in the call.
+    """
+    for name, value in (("slices", slices), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    for name, value in (("block_b", block_b), ("block_k", block_k)):
+        if value is not None and (value < 16 or value & (value - 1)):
+            raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
+    if exchange is not None and exchange not in EXCHANGES:
+        raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {exchange!r}")
+    given = dict(
+        slices=slices,
+        block_b=block_b,
+        block_k=block_k,
+        resident=resident,
+        exchange=exchange,
+        chunk=chunk,
+        device=device,
+    )
+    pins = dataclasses.replace(_pins.get(), **{name: value for name, value in given.items() if value is not None})
+    token = _pins.set(pins)
+    try:
+        yield
+    finally:
+        _pins.reset(token)
+
+
+def pinned() -> Pins:
+    """Return the pins in force."""
+    return _pins.get()
 
 
 def chunk_steps(steps: int, batch: int, hidden: int, itemsize: int) -> int:
-    """Return how many time steps run as one chunk."""
-    return min(steps, max(16, 2**25 // (batch * hidden * 5 * itemsize)))
+    """Return how many time steps run as one chunk, `steps` at most.
+
+    A chunk's pre-activations [chunk, B, 5H] are the largest buffer of a call, so its length follows from a budget.
+    """
+    if (chunk := _pins.get().chunk) is not None:
+        return min(steps, chunk)
+    return min(steps, max(16, CHUNK_BYTES // (batch * hidden * 5 * itemsize)))
+
+
+CHUNK_BYTES = 2**25
+"""Budget for the pre-activations of one chunk."""
+
+
+def plan(
+    hidden: int, batch: int, dtype: torch.dtype, device: Device, *, recurrent: int = 5, pins: Pins | None = None
+) -> LaunchPlan:
+    """Return how a layer is launched. Pure: equal arguments give equal plans.
+
+    Args:
+        hidden: units H.
+        batch: rows B.
+        dtype: dtype of x and the weights.
+        device: properties of the GPU (`pins.device` outranks it).
+        recurrent: gates with a recurrent weight.
+        pins: choices made beforehand; None means those of `forced`.
+
+    Raises:
+        ValueError: pins that the device or the sizes do not allow; the message names the limit and the value.
+    """
+    pins = _pins.get() if pins is None else pins
+    device = pins.device or device
+    itemsize = dtype.itemsize
+    return LaunchPlan(
+        forward=_kernel_plan(hidden, batch, itemsize, device, recurrent, pins, backward=False),
+        backward=_kernel_plan(hidden, batch, itemsize, device, recurrent, pins, backward=True),
+    )
+
+
+# Published microbenchmarks of H100 and A100, in clocks, bytes per clock and multiprocessor, and µs; they only rank plans.
+_CLOCKS_PER_US = 1980.0
+_SMEM_BYTES_PER_CLOCK = 128.0
+_L2_BYTES_PER_CLOCK = 38.0
+_FLOPS_PER_CLOCK = 2.0 * 1024
+_BARRIER_US = 0.75
+_BARRIER_US_PER_SLICE = 0.004
+_FIXED_US = 0.3
+_POINTWISE_US_PER_ELEMENT = 60.0 / (16 * _CLOCKS_PER_US)
+
+
+def _kernel_plan(
+    hidden: int, batch: int, itemsize: int, device: Device, recurrent: int, pins: Pins, *, backward: bool
+) -> KernelPlan:
+    _check_pins(hidden, device, pins)
+    candidates, least_smem = [], None
+    for slices, units, block_n in _slicings(hidden, device, pins):
+        for resident in (True, False) if pins.resident is None else (pins.resident,):
+            for block_b in (16, 32, 64) if pins.block_b is None else (pins.block_b,):
+                candidate = _candidate(
+                    hidden, batch, itemsize, device, recurrent, pins, slices, units, block_n, resident, block_b, backward
+                )
+                least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
+                if candidate.smem_bytes <= device.smem_bytes:
+                    candidates.append(candidate)
+    if not candidates:
+        raise ValueError(
+            f"no plan for hidden={hidden} fits {device.name}: the least shared memory under the pins is {least_smem} "
+            f"bytes, the limit {device.smem_bytes}"
+        )
+    return min(candidates, key=lambda c: (c.step_us, c.slices, c.block_b))
+
+
+def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
+    if pins.slices is not None:
+        if pins.slices > hidden:
+            raise ValueError(f"slices={pins.slices}: a slice needs a unit, and the layer has hidden={hidden}")
+        if pins.slices > device.multiprocessors:
+            raise ValueError(
+                f"slices={pins.slices}: slices wait for each other and must be resident together, and "
+                f"{device.name} holds {device.multiprocessors}"
+            )
+        wanted = "none" if pins.slices == 1 else "barrier"
+        if pins.exchange is not None and pins.exchange != wanted:
+            raise ValueError(f"exchange={pins.exchange!r}: slices={pins.slices} needs {wanted!r}")
+    elif pins.exchange == "barrier" and (hidden == 1 or device.multiprocessors == 1):
+        raise ValueError(
+            f"exchange='barrier' needs two slices: hidden={hidden}, and {device.name} holds "
+            f"{device.multiprocessors} programs at once"
+        )
+
+
+def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[tuple[int, int, int]]:
+    """Yield (slices, units, block_n) that the pins and the device's residency allow."""
+    if pins.slices is not None:
+        units = -(-hidden // pins.slices)
+        yield pins.slices, units, _tile(units)
+        return
+    if pins.exchange != "barrier":
+        yield 1, hidden, _tile(hidden)
+    if pins.exchange != "none":
+        for block_n in (16, 32, 64, 128):
+            slices = -(-hidden // block_n)
+            if 1 < slices <= device.multiprocessors:
+                yield slices, block_n, block_n
+        if pins.exchange == "barrier" and hidden <= 16:
+            yield 2, -(-hidden // 2), 16
+
+
+def _candidate(
+    hidden, batch, itemsize, device, recurrent, pins, slices, units, block_n, resident, block_b, backward
+) -> KernelPlan:
+    local = resident and slices == 1 and pins.block_k is None
+    block_k = pins.block_k or (block_n if local else _block_k(hidden, itemsize, resident))
+    padded_k = -(-hidden // block_k) * block_k
+    tiles = -(-batch // block_b)
+    together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
+    elements = block_b * block_n
+    num_warps = 4 if elements * (2 if backward else 1) <= 1024 else 8
+    num_stages = 1 if resident else 3
+
+    weight_bytes = recurrent * padded_k * block_n * itemsize
+    # Scratch for layout changes and reductions, fitted from above to what the compiler reports.
+    scratch = 4096 + block_b * block_k * itemsize + 8 * elements
+    if not resident:
+        scratch += num_stages * (recurrent * block_k * block_n + block_b * block_k) * itemsize
+    smem_bytes = scratch + (weight_bytes if resident else 0)
+
+    rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)
+    read = weight_bytes / (_SMEM_BYTES_PER_CLOCK if resident else _L2_BYTES_PER_CLOCK)
+    multiply = 2 * recurrent * block_b * padded_k * block_n / _FLOPS_PER_CLOCK
+    step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
+    if slices > 1:
+        gathered = block_b * hidden * itemsize * (recurrent if backward else 1)
+        step_us += 2 * (_BARRIER_US + _BARRIER_US_PER_SLICE * slices)
+        step_us += gathered / _L2_BYTES_PER_CLOCK / _CLOCKS_PER_US
+    return KernelPlan(
+        slices=slices,
+        units=units,
+        block_b=block_b,
+        block_n=block_n,
+        block_k=block_k,
+        resident=resident,
+        exchange="none" if slices == 1 else "barrier",
+        tiles=tiles,
+        tiles_per_launch=together,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        smem_bytes=smem_bytes,
+        step_us=step_us * rounds,
+    )
+
+
+def _tile(units: int) -> int:
+    """Return the least power of two that holds `units` and that tl.dot takes."""
+    return max(16, 1 << (units - 1).bit_length())
+
+
+def _block_k(hidden: int, itemsize: int, resident: bool) -> int:
+    """Return the largest K tile that pads H little; small ones cost instructions, large ones registers."""
+    largest = (256 if resident else 128) // itemsize
+    sizes = [size for size in (16, 32, 64, 128) if size <= largest]
+    return max(sizes, key=lambda size: (-math.ceil(-(-hidden // size) * size / hidden * 8), size))

@@ -1,0 +1,290 @@
+"""The backward kernels: per chunk, the row statistics and cell states again, then the persistent walk back in time."""
+
+import triton
+import triton.language as tl
+
+from .exchange import arrive, collect_rows, publish_rows, wait
+from .tiles import load_gates, load_weight, units_per_slice
+
+
+@triton.jit
+def statistics_kernel(
+    z_ptr,
+    stats_ptr,
+    rows,
+    eps,
+    partials: tl.constexpr,
+    merge: tl.constexpr,
+    GATES: tl.constexpr,
+    STATS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Compute the cell's row statistics from pre-activations; a program owns one row (t, b), whole.
+
+    Args:
+        z_ptr: [rows, GATES·H] pre-activations.
+        stats_ptr: [STATS, rows] fp32 output.
+        rows: steps of the chunk times B.
+        eps: ε of the layer normalisation.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    unit = tl.arange(0, BLOCK_H)[None, :]
+    is_unit = unit < HIDDEN
+    z = load_gates(z_ptr + row * (GATES * HIDDEN), unit, is_unit, GATES, HIDDEN)
+    own = partials(z, HIDDEN * 1.0, is_unit)
+    parts = ()
+    for k in tl.static_range(len(own)):
+        parts = parts + (own[k][:, None],)
+    stats = merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
+    for k in tl.static_range(STATS):
+        tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row + tl.arange(0, 1), stats[k])
+
+
+@triton.jit
+def cell_states_kernel(
+    z_ptr,
+    stats_ptr,
+    gamma_ptr,
+    beta_ptr,
+    lengths_ptr,
+    c_ptr,
+    batch,
+    steps,
+    t_first,
+    t_step,
+    chunk_start,
+    update: tl.constexpr,
+    GATES: tl.constexpr,
+    STATS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+):
+    """Walk a chunk's cell states again from its border; a program owns BLOCK_H units of one row b.
+
+    Args:
+        z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
+        stats_ptr: [STATS, chunk, B] fp32 row statistics.
+        gamma_ptr: [H] fp32.
+        beta_ptr: [H] fp32.
+        lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        c_ptr: [steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
+        batch: B.
+        steps: length of the chunk.
+        t_first: t of the first step walked.
+        t_step: 1 or −1.
+        chunk_start: lowest t of the chunk.
+    """
+    row = tl.program_id(0)
+    unit = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    mask = unit < HIDDEN
+    gamma = tl.load(gamma_ptr + unit, mask=mask, other=0.0)
+    beta = tl.load(beta_ptr + unit, mask=mask, other=0.0)
+    c = tl.load(c_ptr + tl.cast(row, tl.int64) * HIDDEN + unit, mask=mask, other=0.0)
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + row)
+    t = t_first
+    for step in range(steps):
+        z_row = tl.cast(t - chunk_start, tl.int64) * batch + row
+        z = load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
+        stats = ()
+        for k in tl.static_range(STATS):
+            stats = stats + (tl.load(stats_ptr + k * tl.cast(steps, tl.int64) * batch + z_row + tl.arange(0, 1)),)
+        _, c_new = update(z, stats, c, gamma, beta)
+        if HAS_LENGTHS:
+            c = tl.where(t < length, c_new, c)
+        else:
+            c = c_new
+        tl.store(c_ptr + (tl.cast(step + 1, tl.int64) * batch + row) * HIDDEN + unit, c, mask=mask)
+        t += t_step
+
+
+@triton.jit
+def backward_kernel(
+    z_ptr,
+    stats_ptr,
+    weight_hh_ptr,
+    gamma_ptr,
+    beta_ptr,
+    lengths_ptr,
+    c_ptr,
+    dy_ptr,
+    row_ring_ptr,
+    counter_ptr,
+    dz_ptr,
+    dh_ptr,
+    dc_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    batch,
+    steps,
+    t_last,
+    t_step,
+    chunk_start,
+    tile_first,
+    eps,
+    grad_partials: tl.constexpr,
+    grad: tl.constexpr,
+    GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    STATS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
+
+    On chip for all steps: the columns of the recurrent weights that lead to the slice's units (RESIDENT), dh, dc and
+    the sums of dγ and dβ, in fp32. Per step it exchanges the backward row sums, then dz, with the tile's other slices.
+
+    Args:
+        z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
+        stats_ptr: [STATS, chunk, B] fp32 row statistics, in the order of t.
+        weight_hh_ptr: [RECURRENT·H, H].
+        gamma_ptr: [H] fp32, gate gain folded in.
+        beta_ptr: [H] fp32, likewise.
+        lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        c_ptr: [steps + 1, B, H] fp32 cell states, in the order of the walk forward.
+        dy_ptr: [T, B, H] gradient of the output.
+        row_ring_ptr: [2, B, S, SLICES] fp32, space for the cell's S backward row sums.
+        counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
+        dz_ptr: [chunk, B, GATES·H] output, in the order of t.
+        dh_ptr: [B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
+        dc_ptr: [B, H] fp32, likewise of c.
+        dgamma_ptr: [B, H] fp32; this chunk's share is added, row by row.
+        dbeta_ptr: [B, H] fp32; likewise.
+        batch: B.
+        steps: length of the chunk.
+        t_last: t of the step that the forward walk took last.
+        t_step: the forward walk's step in t, 1 or −1.
+        chunk_start: lowest t of the chunk.
+        tile_first: first batch tile of this launch.
+        eps: ε of the layer normalisation.
+    """
+    slice = tl.program_id(0)
+    counter = counter_ptr + tl.program_id(1)
+    row_first = (tile_first + tl.program_id(1)) * BLOCK_B
+    row = tl.arange(0, BLOCK_B)
+    in_batch = row_first + row < batch
+    unit = slice * UNITS + tl.arange(0, BLOCK_N)
+    is_unit = (tl.arange(0, BLOCK_N) < UNITS) & (unit < HIDDEN)
+    mask = in_batch[:, None] & is_unit[None, :]
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
+    # A single program that holds all units multiplies dz straight from registers.
+    LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
+
+    weights = ()
+    if RESIDENT:
+        for gate in tl.static_range(RECURRENT):
+            for k in tl.static_range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                weights = weights + (load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, False),)
+
+    gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    tile_place = tl.cast(row_first, tl.int64) * HIDDEN
+    place = row[:, None] * HIDDEN + unit[None, :]
+    gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
+    dh = tl.load(dh_ptr + tile_place + place, mask=mask, other=0.0)
+    dc = tl.load(dc_ptr + tile_place + place, mask=mask, other=0.0)
+    dgamma = tl.load(dgamma_ptr + tile_place + place, mask=mask, other=0.0)
+    dbeta = tl.load(dbeta_ptr + tile_place + place, mask=mask, other=0.0)
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
+
+    t = t_last
+    c = tl.load(c_ptr + steps * size + tile_place + place, mask=mask, other=0.0)
+    arrivals = 0
+    for step in range(steps):
+        slot = step % 2
+        chunk_t = tl.cast(t - chunk_start, tl.int64)
+        step_place = (chunk_t * size + tile_place) * GATES
+        z = load_gates(z_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+        stats = ()
+        for k in tl.static_range(STATS):
+            stats_place = (k * tl.cast(steps, tl.int64) + chunk_t) * batch + row_first
+            stats = stats + (tl.load(stats_ptr + stats_place + row, mask=in_batch, other=0.0),)
+        c_prev = tl.load(c_ptr + (steps - 1 - step) * size + tile_place + place, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0).to(tl.float32)
+        if HAS_LENGTHS:
+            valid = (t < length)[:, None]
+            dy = tl.where(valid, dy, 0.0)
+        dh += dy
+        own = grad_partials(z, stats, c, dh, dc, gamma, beta, is_unit[None, :])
+        if SLICES > 1:
+            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, slot, batch, SLICES)
+            arrive(counter, SLICES)
+            arrivals += SLICES
+            wait(counter, arrivals, SLICES)
+        parts = collect_rows(row_ring_ptr, own, row_first + row, in_batch, slot, batch, SLICES, BLOCK_S)
+        sums = ()
+        for k in tl.static_range(len(own)):
+            sums = sums + (tl.sum(parts[k], 1),)
+        dz, dc_prev, dgamma_step, dbeta_step = grad(z, stats, c, c_prev, dh, dc, gamma, beta, sums, HIDDEN, eps)
+        if HAS_LENGTHS:
+            dz_valid = ()
+            for gate in tl.static_range(GATES):
+                dz_valid = dz_valid + (tl.where(valid, dz[gate], 0.0),)
+            dz = dz_valid
+            dc_prev = tl.where(valid, dc_prev, dc)
+            dgamma_step = tl.where(valid, dgamma_step, 0.0)
+            dbeta_step = tl.where(valid, dbeta_step, 0.0)
+        for gate in tl.static_range(GATES):
+            dz_value = dz[gate].to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + step_place + gate * HIDDEN + gate_place, dz_value, mask=mask)
+        dgamma += dgamma_step
+        dbeta += dbeta_step
+
+        # dh_prev = Σ_k dz_k U_k
+        dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        if LOCAL:
+            for gate in tl.static_range(RECURRENT):
+                dz_block = dz[gate].to(dz_ptr.dtype.element_ty)
+                if HIDDEN != BLOCK_N:
+                    # Padding columns meet zero weights, and only a finite value times zero is zero.
+                    dz_block = tl.where(is_unit[None, :], dz_block, 0.0)
+                dh_prev = tl.dot(dz_block, weights[gate], dh_prev, input_precision=PRECISION)
+        else:
+            arrive(counter, SLICES)
+            arrivals += SLICES
+            wait(counter, arrivals, SLICES)
+            dz_row = dz_ptr + step_place + row[:, None] * (GATES * HIDDEN)
+            if RESIDENT:
+                for gate in tl.static_range(RECURRENT):
+                    for k in tl.static_range(BLOCKS):
+                        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                        dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                        dz_place = dz_row + (gate * HIDDEN + source)[None, :]
+                        dz_block = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
+                        weight = weights[gate * BLOCKS + k]
+                        dh_prev = tl.dot(dz_block, weight, dh_prev, input_precision=PRECISION)
+            else:
+                for gate in tl.static_range(RECURRENT):
+                    for k in range(BLOCKS):
+                        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                        dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                        dz_place = dz_row + (gate * HIDDEN + source)[None, :]
+                        dz_block = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
+                        weight = load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, False)
+                        dh_prev = tl.dot(dz_block, weight, dh_prev, input_precision=PRECISION)
+        if HAS_LENGTHS:
+            dh = tl.where(valid, dh_prev, dh)
+        else:
+            dh = dh_prev
+        dc = dc_prev
+        c = c_prev
+        t -= t_step
+
+    tl.store(dh_ptr + tile_place + place, dh, mask=mask)
+    tl.store(dc_ptr + tile_place + place, dc, mask=mask)
+    tl.store(dgamma_ptr + tile_place + place, dgamma, mask=mask)
+    tl.store(dbeta_ptr + tile_place + place, dbeta, mask=mask)

@@ -1,0 +1,174 @@
+"""The persistent forward kernel: one launch walks a chunk of time steps with its weights and cell states on chip."""
+
+import triton
+import triton.language as tl
+
+from .exchange import arrive, collect_rows, publish_rows, wait
+from .tiles import load_gates, load_weight, units_per_slice
+
+
+@triton.jit
+def forward_kernel(
+    x_gates_ptr,
+    weight_hh_ptr,
+    gamma_ptr,
+    beta_ptr,
+    lengths_ptr,
+    c_in_ptr,
+    h_ring_ptr,
+    row_ring_ptr,
+    counter_ptr,
+    y_ptr,
+    c_out_ptr,
+    batch,
+    steps,
+    t_first,
+    t_step,
+    chunk_start,
+    parity,
+    tile_first,
+    eps,
+    partials: tl.constexpr,
+    merge: tl.constexpr,
+    update: tl.constexpr,
+    GATES: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Walk `steps` time steps; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
+
+    On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
+    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, then h, with the tile's other slices.
+
+    Args:
+        x_gates_ptr: [chunk, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
+        weight_hh_ptr: [RECURRENT·H, H].
+        gamma_ptr: [H] fp32, gate gain folded in.
+        beta_ptr: [H] fp32, likewise.
+        lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        c_in_ptr: [B, H] fp32, c before the first step.
+        h_ring_ptr: [2, B, H]; h before step n lies in slot (parity + n) % 2.
+        row_ring_ptr: [2, B, S, SLICES] fp32, space for the cell's S row statistics.
+        counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
+        y_ptr: [T, B, H] output, zero beyond a row's length.
+        c_out_ptr: [B, H] fp32, c after the last step.
+        batch: B.
+        steps: how many steps to walk.
+        t_first: t of the first step walked.
+        t_step: 1 forward in time, −1 backward.
+        chunk_start: t of the first row of x_gates.
+        parity: slot of h_ring that holds the first h, 0 or 1.
+        tile_first: first batch tile of this launch.
+        eps: ε of the layer normalisation.
+    """
+    slice = tl.program_id(0)
+    counter = counter_ptr + tl.program_id(1)
+    row_first = (tile_first + tl.program_id(1)) * BLOCK_B
+    row = tl.arange(0, BLOCK_B)
+    in_batch = row_first + row < batch
+    unit = slice * UNITS + tl.arange(0, BLOCK_N)
+    is_unit = (tl.arange(0, BLOCK_N) < UNITS) & (unit < HIDDEN)
+    mask = in_batch[:, None] & is_unit[None, :]
+    count, counts = units_per_slice(slice, HIDDEN, UNITS, SLICES, BLOCK_S)
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
+    # A single program that holds all units keeps h in registers: nothing is exchanged through memory.
+    LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
+
+    weights = ()
+    if RESIDENT:
+        for gate in tl.static_range(RECURRENT):
+            for k in tl.static_range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                weights = weights + (load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, True),)
+
+    gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    # Offsets of a whole step are 64 bits wide and scalar; within a batch tile 32 bits do.
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    tile_place = tl.cast(row_first, tl.int64) * HIDDEN
+    place = row[:, None] * HIDDEN + unit[None, :]
+    gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
+    c = tl.load(c_in_ptr + tile_place + place, mask=mask, other=0.0)
+    h = tl.load(h_ring_ptr + parity * size + tile_place + place, mask=mask, other=0.0)
+    if HAS_LENGTHS:
+        length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
+
+    t = t_first
+    step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
+    z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+    arrivals = 0
+    for step in range(steps):
+        slot = (parity + step) % 2
+        # z_k += h U_kᵀ
+        if LOCAL:
+            z_sum = ()
+            for gate in tl.static_range(RECURRENT):
+                z_sum = z_sum + (tl.dot(h, weights[gate], z[gate], input_precision=PRECISION),)
+            z = z_sum + z[RECURRENT:]
+        elif RESIDENT:
+            for k in tl.static_range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                h_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                h_place = h_ring_ptr + slot * size + tile_place + (row[:, None] * HIDDEN + source[None, :])
+                h_block = tl.load(h_place, mask=h_mask, other=0.0, cache_modifier=".cg")
+                z_sum = ()
+                for gate in tl.static_range(RECURRENT):
+                    weight = weights[gate * BLOCKS + k]
+                    z_sum = z_sum + (tl.dot(h_block, weight, z[gate], input_precision=PRECISION),)
+                z = z_sum + z[RECURRENT:]
+        else:
+            for k in range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                h_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                h_place = h_ring_ptr + slot * size + tile_place + (row[:, None] * HIDDEN + source[None, :])
+                h_block = tl.load(h_place, mask=h_mask, other=0.0, cache_modifier=".cg")
+                z_sum = ()
+                for gate in tl.static_range(RECURRENT):
+                    weight = load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, True)
+                    z_sum = z_sum + (tl.dot(h_block, weight, z[gate], input_precision=PRECISION),)
+                z = z_sum + z[RECURRENT:]
+
+        own = partials(z, count, is_unit[None, :])
+        if SLICES > 1:
+            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, slot, batch, SLICES)
+            arrive(counter, SLICES)
+            arrivals += SLICES
+            wait(counter, arrivals, SLICES)
+        parts = collect_rows(row_ring_ptr, own, row_first + row, in_batch, slot, batch, SLICES, BLOCK_S)
+        h_new, c_new = update(z, merge(parts, counts, HIDDEN, eps), c, gamma, beta)
+        h_new = h_new.to(h.dtype)
+        if LOCAL and HIDDEN != BLOCK_N:
+            # Padding columns meet zero weights, and only a finite value times zero is zero.
+            h_new = tl.where(is_unit[None, :], h_new, 0.0)
+        if HAS_LENGTHS:
+            valid = (t < length)[:, None]
+            h = tl.where(valid, h_new, h)
+            c = tl.where(valid, c_new, c)
+            h_new = tl.where(valid, h_new, 0.0)
+        else:
+            h = h_new
+            c = c_new
+        if not LOCAL:
+            tl.store(h_ring_ptr + (1 - slot) * size + tile_place + place, h, mask=mask)
+            arrive(counter, SLICES)
+            arrivals += SLICES
+        # What nobody waits for comes after the arrival: the output, and the next step's input.
+        tl.store(y_ptr + tl.cast(t, tl.int64) * size + tile_place + place, h_new, mask=mask)
+        t += t_step
+        step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
+        z = load_gates(x_gates_ptr + step_place, gate_place, mask & (step + 1 < steps), GATES, HIDDEN)
+        if not LOCAL:
+            wait(counter, arrivals, SLICES)
+
+    tl.store(c_out_ptr + tile_place + place, c, mask=mask)
+    if LOCAL:
+        tl.store(h_ring_ptr + (parity + steps) % 2 * size + tile_place + place, h, mask=mask)

@@ -1,0 +1,45 @@
+"""Elementwise and row-wise functions that cells and kernels share, all in fp32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Return tanh(x) from one exponential, without overflow at either end."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def mean_and_m2(x, count, mask):
+    """Return the mean and the sum of squared deviations of each row of x [R, N], over its `count` unmasked columns."""
+    mean = tl.sum(tl.where(mask, x, 0.0), 1) / tl.maximum(count, 1.0)
+    deviation = tl.where(mask, x - mean[:, None], 0.0)
+    return mean, tl.sum(deviation * deviation, 1)
+
+
+@triton.jit
+def merge_mean_and_m2(mean, m2, count, total):
+    """Merge means and M2s [R, S] of S parts of `count` [S] columns each into those of all `total` columns (Chan et al. 1983).
+
+    Unlike Σx² − mean², nothing cancels when the values sit close together.
+    """
+    merged = tl.sum(mean * count[None, :], 1) / total
+    deviation = mean - merged[:, None]
+    return merged, tl.sum(m2 + deviation * deviation * count[None, :], 1)
+
+
+@triton.jit
+def max_and_sumexp(x, mask):
+    """Return the maximum of each row of x [R, N] and Σ exp(x − maximum), over its unmasked columns."""
+    x = tl.where(mask, x, float("-inf"))
+    # Finite even when every column is masked, so that no −∞ − (−∞) arises.
+    maximum = tl.maximum(tl.max(x, 1), -3.0e38)
+    return maximum, tl.sum(tl.exp(x - maximum[:, None]), 1)
+
+
+@triton.jit
+def merge_logsumexp(maximum, sumexp):
+    """Merge maxima and sums [R, S] of `max_and_sumexp` into log Σ exp over all columns."""
+    merged = tl.max(maximum, 1)
+    return merged + tl.log(tl.sum(sumexp * tl.exp(maximum - merged[:, None]), 1))

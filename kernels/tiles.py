@@ -1,0 +1,33 @@
+"""Loads of the tiles that the forward and the backward kernel share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def units_per_slice(slice, HIDDEN: tl.constexpr, UNITS: tl.constexpr, SLICES: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Return, in fp32, how many real units `slice` holds, and the same for every slice, [BLOCK_S]."""
+    slices = tl.arange(0, BLOCK_S)
+    counts = tl.minimum(tl.maximum(HIDDEN - slices * UNITS, 0), UNITS).to(tl.float32)
+    counts = tl.where(slices < SLICES, counts, 0.0)
+    return tl.sum(tl.where(slices == slice, counts, 0.0), 0), counts
+
+
+@triton.jit
+def load_gates(z_ptr, place, mask, GATES: tl.constexpr, HIDDEN: tl.constexpr):
+    """Load one tile per gate of z [·, GATES·H], as a tuple in fp32; `place` points into the first gate's block."""
+    z = ()
+    for gate in tl.static_range(GATES):
+        z = z + (tl.load(z_ptr + gate * HIDDEN + place, mask=mask, other=0.0).to(tl.float32),)
+    return z
+
+
+@triton.jit
+def load_weight(weight_ptr, gate, source, unit, is_unit, HIDDEN: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """Load the tile [source, unit] of one gate's recurrent weight U [H, H], of Uᵀ with TRANSPOSE; zero outside of it."""
+    mask = (source < HIDDEN)[:, None] & is_unit[None, :]
+    if TRANSPOSE:
+        place = unit[None, :] * HIDDEN + source[:, None]
+    else:
+        place = source[:, None] * HIDDEN + unit[None, :]
+    return tl.load(weight_ptr + gate * HIDDEN * HIDDEN + place, mask=mask, other=0.0)

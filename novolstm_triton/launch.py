@@ -1,0 +1,355 @@
+"""Backend "triton": allocate, plan and launch the persistent kernels, chunk by chunk. Same signatures as bptt.py."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from novolstm_triton import plan as planning
+from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
+from novolstm_triton.kernels.forward import forward_kernel
+from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK, Cell
+from novolstm_triton.plan import KernelPlan, LaunchPlan
+
+CELLS = {"formula": FORMULA, "notebook": NOTEBOOK}
+
+
+def forward(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    lengths: Tensor | None,
+    *,
+    eps: float,
+    gate_gain: float,
+    variant: str,
+    reverse: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the layer; see `novolstm_triton.functional.forward_op`."""
+    cell = CELLS[variant]
+    (steps, batch, _), hidden = x.shape, h_0.shape[1]
+    kernel_plan = launch_plan(x, hidden, cell).forward
+    gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
+    weight_hh = weight_hh.contiguous()
+    walk = list(_walk(steps, chunk, reverse))
+    state = dict(dtype=torch.float32, device=x.device)
+
+    y = x.new_empty(steps, batch, hidden)
+    # c before every chunk, and in the last place after all of them.
+    c = torch.empty(len(walk) + 1, batch, hidden, **state)
+    c[0] = c_0
+    h_ring = x.new_empty(2, batch, hidden)
+    h_ring[0] = h_0
+    row_ring = torch.empty(2, batch, cell.partial_rows, kernel_plan.slices, **state)
+    counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+    for number, (start, stop) in enumerate(walk):
+        x_gates = torch.addmm(bias, x[start:stop].reshape(-1, x.shape[2]), weight_ih.t())
+        _softmax_gate(x_gates, cell, hidden)
+        first, stride = _first(start, stop, reverse)
+        for tile, grid in _launches(kernel_plan):
+            _launch(
+                forward_kernel,
+                grid,
+                kernel_plan,
+                x.device,
+                x_gates,
+                weight_hh,
+                gamma,
+                beta,
+                lengths,
+                c[number],
+                h_ring,
+                row_ring,
+                counters[number, tile:],
+                y,
+                c[number + 1],
+                batch,
+                stop - start,
+                first,
+                stride,
+                start,
+                number * chunk % 2,
+                tile,
+                eps,
+                partials=cell.partials,
+                merge=cell.merge,
+                update=cell.update,
+                GATES=cell.gates,
+                RECURRENT=cell.recurrent,
+                HIDDEN=hidden,
+                HAS_LENGTHS=lengths is not None,
+                PRECISION=_precision(x),
+                **_tiling(kernel_plan),
+            )
+    return y, h_ring[steps % 2].clone(), c[-1].to(x.dtype, copy=True), c[:-1].clone()
+
+
+def backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    lengths: Tensor | None,
+    y: Tensor,
+    c_border: Tensor,
+    *,
+    eps: float,
+    gate_gain: float,
+    variant: str,
+    reverse: bool,
+    chunk: int,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Run the layer's backward; see `novolstm_triton.functional.backward_op`."""
+    cell = CELLS[variant]
+    (steps, batch, features), hidden = x.shape, h_0.shape[1]
+    kernel_plan = launch_plan(x, hidden, cell).backward
+    gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
+    weight_hh = weight_hh.contiguous()
+    dy = dy.contiguous()
+    needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
+    walk = list(_walk(steps, chunk, reverse))
+    fp32 = dict(dtype=torch.float32, device=x.device)
+
+    # One chunk's workspace, used again by every chunk.
+    chunk_rows = min(steps, chunk) * batch
+    z_all, dz_all = x.new_empty(chunk_rows, cell.gates * hidden), x.new_empty(chunk_rows, cell.gates * hidden)
+    c_all = torch.empty(min(steps, chunk) + 1, batch, hidden, **fp32)
+    stats_all = torch.empty(cell.stats * chunk_rows, **fp32)
+    row_ring = torch.empty(2, batch, cell.grad_rows, kernel_plan.slices, **fp32)
+    counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+
+    dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
+    dgamma, dbeta = torch.zeros(batch, hidden, **fp32), torch.zeros(batch, hidden, **fp32)
+    dx = x.new_empty(steps, batch, features) if needs_x else None
+    dweight_ih = torch.zeros(weight_ih.shape, **fp32) if needs_weight_ih else None
+    dweight_hh = torch.zeros(weight_hh.shape, **fp32) if needs_weight_hh else None
+    dbias = torch.zeros(bias.shape, **fp32) if needs_bias else None
+
+    for number, (start, stop) in reversed(list(enumerate(walk))):
+        rows = (stop - start) * batch
+        first, stride = _first(start, stop, reverse)
+        x_chunk = x[start:stop].reshape(rows, features)
+        h_prev = _previous_h(y, h_0, lengths, start, stop, reverse).reshape(rows, hidden)
+        z, dz, c, stats = z_all[:rows], dz_all[:rows], c_all[: stop - start + 1], stats_all[: cell.stats * rows]
+        torch.addmm(bias, x_chunk, weight_ih.t(), out=z)
+        recurrent = z[:, : cell.recurrent * hidden]
+        recurrent.addmm_(h_prev, weight_hh.t())
+        _softmax_gate(z, cell, hidden)
+        c[0] = c_border[number]
+        _recompute_states(cell, hidden, z, stats, c, gamma, beta, lengths, eps, first, stride, start)
+        for tile, grid in _launches(kernel_plan):
+            _launch(
+                backward_kernel,
+                grid,
+                kernel_plan,
+                x.device,
+                z,
+                stats,
+                weight_hh,
+                gamma,
+                beta,
+                lengths,
+                c,
+                dy,
+                row_ring,
+                counters[number, tile:],
+                dz,
+                dh,
+                dc,
+                dgamma,
+                dbeta,
+                batch,
+                stop - start,
+                first + (stop - start - 1) * stride,
+                stride,
+                start,
+                tile,
+                eps,
+                grad_partials=cell.grad_partials,
+                grad=cell.grad,
+                GATES=cell.gates,
+                RECURRENT=cell.recurrent,
+                STATS=cell.stats,
+                HIDDEN=hidden,
+                HAS_LENGTHS=lengths is not None,
+                PRECISION=_precision(x),
+                **_tiling(kernel_plan),
+            )
+        if dx is not None:
+            torch.mm(dz, weight_ih, out=dx[start:stop].view(rows, features))
+        if dweight_ih is not None:
+            _add_product(dweight_ih, dz, x_chunk)
+        if dweight_hh is not None:
+            _add_product(dweight_hh, dz[:, : cell.recurrent * hidden], h_prev)
+        if dbias is not None:
+            dbias += dz.sum(0, dtype=torch.float32)
+
+    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma.sum(0) * gate_gain, dbeta.sum(0) * gate_gain)
+    pairs = zip(gradients, needs, strict=True)
+    return tuple(g.to(x.dtype) if g is not None and needed else None for g, needed in pairs)
+
+
+def launch_plan(x: Tensor, hidden: int, cell: Cell) -> LaunchPlan:
+    """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
+    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, planning.pinned())
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_plan(hidden, batch, dtype, device, recurrent, pins) -> LaunchPlan:
+    return planning.plan(hidden, batch, dtype, device, recurrent=recurrent, pins=pins)
+
+
+@functools.lru_cache
+def _device(device: torch.device) -> planning.Device:
+    if device.type != "cuda":
+        return planning.INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    return planning.Device(
+        name=properties.name,
+        backend="hip" if hip else "cuda",
+        arch=properties.gcnArchName.split(":")[0] if hip else properties.major * 10 + properties.minor,
+        multiprocessors=properties.multi_processor_count,
+        smem_bytes=properties.shared_memory_per_block_optin,
+        warp_size=properties.warp_size,
+    )
+
+
+def _walk(steps: int, chunk: int, reverse: bool) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of every chunk in walking order; all but the last walked have `chunk` steps."""
+    for done in range(0, steps, chunk):
+        size = min(chunk, steps - done)
+        yield (steps - done - size, steps - done) if reverse else (done, done + size)
+
+
+def _first(start: int, stop: int, reverse: bool) -> tuple[int, int]:
+    """Return t of the first step walked in [start, stop), and the walk's step in t."""
+    return (stop - 1, -1) if reverse else (start, 1)
+
+
+def _launches(kernel_plan: KernelPlan) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield the first batch tile and the grid of every launch."""
+    for tile in range(0, kernel_plan.tiles, kernel_plan.tiles_per_launch):
+        yield tile, (kernel_plan.slices, min(kernel_plan.tiles_per_launch, kernel_plan.tiles - tile))
+
+
+def _launch(kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device: torch.device, *args, **constants):
+    options = dict(num_warps=kernel_plan.num_warps, num_stages=kernel_plan.num_stages)
+    if kernel_plan.slices > 1:
+        # Programs that wait for each other: the driver refuses the launch rather than let it hang.
+        options["launch_cooperative_grid"] = True
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **constants, **options)
+
+
+def _tiling(kernel_plan: KernelPlan) -> dict[str, int | bool]:
+    return dict(
+        SLICES=kernel_plan.slices,
+        UNITS=kernel_plan.units,
+        BLOCK_B=kernel_plan.block_b,
+        BLOCK_N=kernel_plan.block_n,
+        BLOCK_K=kernel_plan.block_k,
+        BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
+        RESIDENT=kernel_plan.resident,
+    )
+
+
+def _precision(x: Tensor) -> str:
+    """Return tl.dot's input precision: fp32 honours torch.get_float32_matmul_precision(), 16-bit dtypes need none."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    # Three tf32 products are as exact as one in fp32, and run on the tensor cores.
+    return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _affine(parameter: Tensor, gate_gain: float) -> Tensor:
+    """Return γ or β in fp32 with the gate gain folded in: gain·LN(s; γ, β) = LN(s; gain·γ, gain·β)."""
+    return (parameter.to(torch.float32) * gate_gain).contiguous()
+
+
+def _softmax_gate(z: Tensor, cell: Cell, hidden: int) -> None:
+    """Replace the pre-activations of a gate that does not see h by their softmax, in place; z is [rows, G·H]."""
+    if cell.softmax_gate is not None:
+        gate = z[:, cell.softmax_gate * hidden : (cell.softmax_gate + 1) * hidden]
+        gate.copy_(torch.softmax(gate, dim=1, dtype=torch.float32))
+
+
+def _previous_h(
+    y: Tensor, h_0: Tensor, lengths: Tensor | None, start: int, stop: int, reverse: bool
+) -> Tensor:
+    """Return [stop − start, B, H], the h that each step of the chunk started from. y holds it, but for a row's first step."""
+    if reverse:
+        previous = y[start + 1 : stop + 1]
+        if stop == y.shape[0]:
+            previous = torch.cat([previous, h_0.unsqueeze(0)])
+        if lengths is not None:
+            t = torch.arange(start, stop, device=y.device, dtype=lengths.dtype).unsqueeze(1)
+            previous = torch.where((t == lengths - 1).unsqueeze(2), h_0, previous)
+        return previous
+    return y[start - 1 : stop - 1] if start > 0 else torch.cat([h_0.unsqueeze(0), y[: stop - 1]])
+
+
+def _recompute_states(cell, hidden, z, stats, c, gamma, beta, lengths, eps, first, stride, start) -> None:
+    """Fill stats and c[1:] of a chunk from its pre-activations z and c[0]."""
+    batch, rows = c.shape[1], z.shape[0]
+    shared = dict(GATES=cell.gates, STATS=cell.stats, HIDDEN=hidden)
+    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
+        statistics_kernel[(rows,)](
+            z,
+            stats,
+            rows,
+            eps,
+            partials=cell.partials,
+            merge=cell.merge,
+            BLOCK_H=triton.next_power_of_2(hidden),
+            **shared,
+        )
+        block_h = min(256, triton.next_power_of_2(hidden))
+        cell_states_kernel[(batch, triton.cdiv(hidden, block_h))](
+            z,
+            stats,
+            gamma,
+            beta,
+            lengths,
+            c,
+            batch,
+            c.shape[0] - 1,
+            first,
+            stride,
+            start,
+            update=cell.update,
+            BLOCK_H=block_h,
+            HAS_LENGTHS=lengths is not None,
+            num_warps=2,
+            **shared,
+        )
+
+
+def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:
+    """total += dzᵀ inputs, in fp32 from operands [rows, ·] of any dtype."""
+    if dz.dtype == torch.float32:
+        total.addmm_(dz.t(), inputs)
+    elif dz.is_cuda:
+        total += torch.mm(dz.t(), inputs, out_dtype=torch.float32)
+    else:
+        total.addmm_(dz.t().float(), inputs.float())
