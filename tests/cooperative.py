@@ -7,14 +7,15 @@ Inside `cooperative` each program is a coroutine that hands over before every lo
         kernel[(4,)](x, counter, ...)
 
 A wrong kernel raises `Deadlock`, `DataRace`, `OutOfBounds` or `ProgramError`; each names the programs and the kernel
-lines. A missing release or acquire is found under any schedule that runs its two accesses. Where instead the data itself
-says whether it has arrived (`exempt`), a mistake shows only as wrong values or a deadlock: run such kernels under several
-seeds.
+lines. The race check needs no unlucky timing, but it follows the order in which the atomics happened to come: run
+several seeds. Where the data itself says whether it has arrived (`exempt`), mistakes show only as wrong values or a
+deadlock.
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import inspect
 import random
 from array import array
@@ -29,6 +30,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
+from .interpreter_repairs import REPAIRS
 
 __all__ = [
     "POLICIES",
@@ -157,6 +159,8 @@ class _Grid:
         self.failure: GridError | None = None
         self.version = 0
         self._calls: list[tuple] = []
+        self._patched: set[int] = set()
+        self._helper_patches: list = []
 
     def __call__(self, **arguments) -> None:
         builder = interpreter.interpreter_builder
@@ -165,6 +169,7 @@ class _Grid:
             indices = [index for index, _ in self._calls]
             self.memory = Memory(self.tensors, indices, self.sites, self.session.check_races, self.session.exempt)
             with contextlib.ExitStack() as patches:
+                patches.callback(self._undo_helper_patches)
                 self._patch_interpreter(builder, patches)
                 self._run(builder)
 
@@ -234,24 +239,33 @@ class _Grid:
             "create_atomic_load": self._atomic_load_or_store,
             "create_atomic_poll": self._atomic_load_or_store,
             "create_atomic_store": self._atomic_load_or_store,
+            **REPAIRS,
         }
         for name, wrapper in wrappers.items():
             if hasattr(builder, name):
-                patches.enter_context(mock.patch.object(builder, name, _bind(wrapper, getattr(builder, name))))
-        # The interpreter patches triton.language anew at each call of a helper, which takes longer than most helpers.
-        patch_lang, patched = interpreter._patch_lang, {id(self.__globals__)}
+                wrapped = functools.partial(wrapper, getattr(builder, name))
+                patches.enter_context(mock.patch.object(builder, name, wrapped))
 
-        def patch_once(fn):
-            if id(fn.__globals__) not in patched:
-                patched.add(id(fn.__globals__))
-                patches.callback(patch_lang(fn).restore)
+    def patch_lang(self, patch: Callable, function: Callable):
+        """Patches triton.language, once: the interpreter does it at every call of a helper, at many times its cost."""
+        if id(function.__globals__) in self._patched:
+            return None
+        scope = patch(function)
+        # Triton 3.6 converts an array of one element to an integer, which numpy no longer does.
+        scope.set_attr(triton.language.tensor, "__index__", lambda tensor: tensor.handle.data.item())
+        if self._patched:
+            self._helper_patches.append(scope)
+        self._patched.add(id(function.__globals__))
+        return scope
 
-        patches.enter_context(mock.patch.object(interpreter, "_patch_lang", patch_once))
+    def _undo_helper_patches(self) -> None:
+        while self._helper_patches:
+            self._helper_patches.pop().restore()
 
     def _hand_over(self, pointers, mask) -> tuple[_Program, np.ndarray, int]:
         """Lets others run; returns the program, the addresses of the lanes in use and their item size in bytes."""
         program = self.current
-        mask = np.broadcast_to(np.asarray(mask.data), pointers.data.shape)
+        mask = np.broadcast_to(np.asarray(mask.data, dtype=bool), pointers.data.shape)
         addresses = pointers.data[mask]
         program.site, program.address = self.sites.here(), int(addresses[0]) if len(addresses) else 0
         self.report.switches += 1
@@ -306,7 +320,8 @@ class _Grid:
     def _atomic_load_or_store(self, operation, *arguments):
         program = self.current
         program.atomic = arguments[-2:]
-        result = operation(*arguments)
+        # A poll without a timeout gets an empty value, which the interpreter takes for a time.
+        result = operation(*(None if isinstance(argument, ir.value) else argument for argument in arguments))
         program.atomic = None
         self.report.atomics += 1
         return result
@@ -329,10 +344,6 @@ class _Grid:
             self.memory.acquire(program.number, addresses)
         if sem in (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE) and wrote:
             self.memory.release(program.number, addresses, replace)
-
-
-def _bind(wrapper: Callable, operation: Callable) -> Callable:
-    return lambda *arguments, **keywords: wrapper(operation, *arguments, **keywords)
 
 
 def _load_bytes(pointers, mask, like) -> bytes:
@@ -378,8 +389,10 @@ class _Session:
 
         # The executor lives for this launch only.
         executor.fn, executor._init_args_hst = grid, remember
+        patch_lang = functools.partial(grid.patch_lang, interpreter._patch_lang)
         try:
-            return call(executor, *args, **kwargs)
+            with mock.patch.object(interpreter, "_patch_lang", patch_lang):
+                return call(executor, *args, **kwargs)
         except Exception:
             if grid.failure is None:
                 raise
@@ -440,7 +453,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def poisoned_allocations() -> Iterator[None]:
     """Fills what PyTorch allocates without a value (`torch.empty`, `new_empty`, ...) with NaN or the greatest integer.
 
-    A kernel that reads such memory before it is written then shows. PyTorch does the filling, in its deterministic mode.
+    A kernel that reads such memory before writing it then shows. PyTorch does the filling, in its deterministic mode.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -1,9 +1,9 @@
 """Checks the memory accesses of an interpreted grid: each inside a buffer, and ordered with those of other programs.
 
 Two accesses race when they touch the same bytes from different programs, at least one writes, and no chain of release
-and acquire atomics leads from one to the other. Such chains are followed with vector clocks: `clocks[p, q]` is the latest
-moment of program q that program p knows of. Each word of memory remembers who touched it and at which moment, so a race
-is found also where the values happen to come out right.
+and acquire atomics leads from one to the other. Such chains are followed with vector clocks: `clocks[p, q]` is the
+latest moment of program q that program p knows of. Each word of memory remembers who touched it and at which moment, so
+a race is found also where the values happen to come out right.
 """
 
 import dataclasses
