@@ -45,10 +45,10 @@ __all__ = [
     "poisoned_allocations",
 ]
 
-# Repeats of the same access, with no store by anyone in between, after which a program counts as stuck.
-_PATIENCE = 100
-# A loop over plain loads may well read one address many times; a loop over volatile loads or atomics is waiting.
-_PLAIN_REPEAT = 0.01
+# How many volatile loads or atomics, all repeated with no store by anyone in between, show that a program is stuck.
+_MAX_POLLS = 100
+# The same for plain loads, which a loop that waits for nothing may well repeat.
+_MAX_REREADS = 10_000
 
 
 class Deadlock(GridError):
@@ -93,23 +93,20 @@ class _Program:
         self.site = self.address = None
         self.atomic: tuple | None = None
         self.seen: set[tuple] = set()
-        self.idle, self.spins, self.version = 0.0, 0, 0
+        self.polls = self.rereads = self.spins = self.version = 0
 
-    def repeats(self, version: int) -> float:
-        """Reads repeated since memory last changed, which was at `version`."""
-        return self.idle if self.version == version else 0.0
-
-    def note_read(self, key: tuple, weight: float, version: int) -> None:
-        self.idle, self.version = self.repeats(version), version
-        if key in self.seen:
-            self.idle, self.spins = self.idle + weight, self.spins + 1
-        else:
-            self.seen.add(key)
-            self.idle, self.spins = 0.0, 0
+    def note_read(self, key: tuple, polling: bool, version: int) -> None:
+        """Counts reads that repeat earlier ones, while memory stays at this version."""
+        if key not in self.seen or version != self.version:
+            self.polls = self.rereads = 0
+        self.version, self.spins = version, self.spins + 1 if key in self.seen else 0
+        self.seen.add(key)
+        self.polls, self.rereads = (self.polls + 1, self.rereads) if polling else (0, self.rereads + 1)
 
     def note_change(self) -> None:
+        """The program wrote: what it reads next is no repetition."""
         self.seen.clear()
-        self.idle, self.spins = 0.0, 0
+        self.polls = self.rereads = self.spins = 0
 
 
 def _round_robin(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
@@ -174,8 +171,12 @@ class _Grid:
                 self._run(builder)
 
     def waits(self, program: _Program) -> bool:
-        """Whether the program only repeats itself and nothing has changed that could help it."""
-        return program.repeats(self.version) >= 2
+        """Whether the program only polls and nothing has changed that could help it."""
+        return program.version == self.version and program.polls > 2
+
+    def _stuck(self, program: _Program) -> bool:
+        repeats = program.polls > _MAX_POLLS or program.rereads > _MAX_REREADS
+        return repeats and program.version == self.version
 
     def _run(self, builder) -> None:
         self._scheduler = greenlet.getcurrent()
@@ -193,7 +194,7 @@ class _Grid:
                 if program.coroutine.dead:
                     self.live.remove(program)
                     self.version += 1
-                elif all(p.repeats(self.version) >= _PATIENCE for p in (program, *self.live)):
+                elif self._stuck(program) and all(map(self._stuck, self.live)):
                     self.failure = Deadlock(self._deadlock())
                     raise self.failure
         finally:
@@ -272,13 +273,13 @@ class _Grid:
         self._scheduler.switch()
         return program, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
-    def _note(self, program: _Program, addresses: np.ndarray, wrote: bool, waiting: bool) -> None:
+    def _note(self, program: _Program, addresses: np.ndarray, wrote: bool, polling: bool) -> None:
         if wrote:
             self.version += 1
             program.note_change()
         else:
             key = (program.site, program.address, len(addresses))
-            program.note_read(key, 1.0 if waiting else _PLAIN_REPEAT, self.version)
+            program.note_read(key, polling, self.version)
             self.report.max_spins = max(self.report.max_spins, program.spins)
 
     def _load(self, operation, pointers, mask, other, *policy, **keywords):
@@ -288,7 +289,7 @@ class _Grid:
             self.memory.access(program.number, READ, addresses, item_bytes, program.site, volatile)
         else:
             self._order(program, addresses, item_bytes, *program.atomic, wrote=False)
-        self._note(program, addresses, wrote=False, waiting=volatile)
+        self._note(program, addresses, wrote=False, polling=volatile)
         return operation(pointers, mask, other, *policy, **keywords)
 
     def _store(self, operation, pointers, value, mask, *policy, **keywords):
@@ -297,7 +298,7 @@ class _Grid:
             self.memory.access(program.number, WRITE, addresses, item_bytes, program.site)
         else:
             self._order(program, addresses, item_bytes, *program.atomic, wrote=True, replace=True)
-        self._note(program, addresses, wrote=True, waiting=False)
+        self._note(program, addresses, wrote=True, polling=False)
         return operation(pointers, value, mask, *policy, **keywords)
 
     def _atomic_rmw(self, operation, kind, pointers, value, mask, sem, scope):
@@ -306,7 +307,7 @@ class _Grid:
         old = operation(kind, pointers, value, mask, sem, scope)
         # Adding zero is how older Tritons read atomically: it must not pass for progress.
         changed = _load_bytes(pointers, mask, old) != old.data.tobytes()
-        self._note(program, addresses, wrote=changed, waiting=True)
+        self._note(program, addresses, wrote=changed, polling=True)
         return old
 
     def _atomic_cas(self, operation, pointers, expected, value, sem, scope):
@@ -314,7 +315,7 @@ class _Grid:
         program, addresses, item_bytes = self._hand_over(pointers, everywhere)
         matches = _load_bytes(pointers, everywhere, expected) == expected.data.tobytes()
         self._order(program, addresses, item_bytes, sem, scope, wrote=matches)
-        self._note(program, addresses, wrote=matches, waiting=True)
+        self._note(program, addresses, wrote=matches, polling=True)
         return operation(pointers, expected, value, sem, scope)
 
     def _atomic_load_or_store(self, operation, *arguments):

@@ -185,6 +185,39 @@ def test_missing_arrival_is_a_deadlock(seed):
 
 
 @triton.jit
+def read_often(x_ptr, y_ptr, counter_ptr, steps):
+    """Program 1 catches up on what program 0 has long done, and stores only once."""
+    if tl.program_id(0) == 0:
+        tl.store(x_ptr, 1.0)
+        arrive(counter_ptr, True, "release", "gpu")
+    else:
+        total = 0.0
+        for _ in range(steps):
+            wait(counter_ptr, 1, "acquire", "gpu")
+            total += tl.load(x_ptr)
+        tl.store(y_ptr, total)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_repeated_reads_are_no_deadlock(seed):
+    x, y = poisoned(1), poisoned(1)
+    with cooperative(seed):
+        read_often[(2,)](x, y, torch.zeros(1, dtype=torch.int32), 300)
+    assert y.item() == 300
+
+
+@triton.jit
+def spin_on_plain_load(x_ptr):
+    while tl.load(x_ptr) == 0:
+        pass
+
+
+def test_waiting_with_plain_loads_is_a_deadlock():
+    with pytest.raises(Deadlock, match="spin_on_plain_load"), cooperative(check_races=False):
+        spin_on_plain_load[(1,)](torch.zeros(1))
+
+
+@triton.jit
 def lane_beyond(x_ptr, y_ptr, SHIFT: tl.constexpr, STORE: tl.constexpr):
     lane = tl.arange(0, 8)
     if STORE:
