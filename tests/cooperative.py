@@ -13,7 +13,6 @@ deadlock.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
@@ -25,12 +24,14 @@ from unittest import mock
 import greenlet
 import numpy as np
 import torch
-import triton
+import triton.language as tl
+from triton import knobs
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
 from .interpreter_repairs import REPAIRS
+from .schedules import POLICIES, Program
 
 __all__ = [
     "POLICIES",
@@ -69,7 +70,7 @@ class Report:
         switches: memory operations, each one a chance for another program to run.
         atomics: how many of them were atomic.
         checked: words whose order with the other programs was checked.
-        max_spins: most reads that one program repeated before it went on.
+        max_spins: most volatile loads or atomics that one program repeated before it went on.
         trace: number of the program that ran, switch by switch.
     """
 
@@ -82,66 +83,6 @@ class Report:
     trace: array = dataclasses.field(default_factory=lambda: array("i"), repr=False)
 
 
-class _Program:
-    """One program of a grid: its coroutine, where it stands, and how long it has only repeated itself."""
-
-    def __init__(self, number: int, index: tuple[int, ...], body: Callable[["_Program"], None]) -> None:
-        self.number, self.index = number, index
-        self.coroutine = greenlet.greenlet(lambda: body(self))
-        # A new greenlet starts with an empty context, which would lose the caller's numpy and warning settings.
-        self.coroutine.gr_context = contextvars.copy_context()
-        self.site = self.address = None
-        self.atomic: tuple | None = None
-        self.seen: set[tuple] = set()
-        self.polls = self.rereads = self.spins = self.version = 0
-
-    def note_read(self, key: tuple, polling: bool, version: int) -> None:
-        """Counts reads that repeat earlier ones, while memory stays at this version."""
-        if key not in self.seen or version != self.version:
-            self.polls = self.rereads = 0
-        self.version, self.spins = version, self.spins + 1 if key in self.seen else 0
-        self.seen.add(key)
-        self.polls, self.rereads = (self.polls + 1, self.rereads) if polling else (0, self.rereads + 1)
-
-    def note_change(self) -> None:
-        """The program wrote: what it reads next is no repetition."""
-        self.seen.clear()
-        self.polls = self.rereads = self.spins = 0
-
-
-def _round_robin(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
-    while True:
-        yield from (program for program in tuple(grid.live) if program in grid.live)
-
-
-def _uniform(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
-    while True:
-        yield rng.choice(grid.live)
-
-
-def _bursts(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
-    """One program runs a good way ahead, until it waits; then another."""
-    while True:
-        program = rng.choice(grid.live)
-        for _ in range(1 + int(rng.expovariate(1 / 40))):
-            yield program
-            if program not in grid.live or grid.waits(program):
-                break
-
-
-def _priorities(grid: "_Grid", rng: random.Random) -> Iterator[_Program]:
-    """The first in rank that need not wait runs, so the last one starves; now and then a program falls to the end."""
-    rank = {program: rng.random() for program in grid.live}
-    while True:
-        if rng.random() < 0.02:
-            rank[rng.choice(grid.live)] = 1 + max(rank.values())
-        ready = [program for program in grid.live if not grid.waits(program)]
-        yield min(ready, key=rank.__getitem__) if ready else rng.choice(grid.live)
-
-
-POLICIES = {"round-robin": _round_robin, "uniform": _uniform, "bursts": _bursts, "priorities": _priorities}
-
-
 class _Grid:
     """One launch. It stands in for the kernel: collects the interpreter's one call per program, then runs them all."""
 
@@ -151,8 +92,8 @@ class _Grid:
         self.__name__, self.__globals__ = self.kernel.__name__, self.kernel.__globals__
         self.__signature__ = inspect.signature(self.kernel)
         self.sites, self.tensors = Sites(), []
-        self.live: list[_Program] = []
-        self.current: _Program | None = None
+        self.live: list[Program] = []
+        self.current: Program
         self.failure: GridError | None = None
         self.version = 0
         self._calls: list[tuple] = []
@@ -170,17 +111,17 @@ class _Grid:
                 self._patch_interpreter(builder, patches)
                 self._run(builder)
 
-    def waits(self, program: _Program) -> bool:
+    def waits(self, program: Program) -> bool:
         """Whether the program only polls and nothing has changed that could help it."""
         return program.version == self.version and program.polls > 2
 
-    def _stuck(self, program: _Program) -> bool:
+    def _stuck(self, program: Program) -> bool:
         repeats = program.polls > _MAX_POLLS or program.rereads > _MAX_REREADS
         return repeats and program.version == self.version
 
     def _run(self, builder) -> None:
         self._scheduler = greenlet.getcurrent()
-        self.live = [_Program(number, index, self._body) for number, (index, _) in enumerate(self._calls)]
+        self.live = [Program(number, index, self._body) for number, (index, _) in enumerate(self._calls)]
         self.report.programs += len(self.live)
         schedule = POLICIES[self.report.policy](self, self.session.rng)
         try:
@@ -202,7 +143,7 @@ class _Grid:
             for program in self.live:
                 program.coroutine.throw(greenlet.GreenletExit)
 
-    def _body(self, program: _Program) -> None:
+    def _body(self, program: Program) -> None:
         try:
             # A GPU does not warn of overflow or invalid values.
             with np.errstate(all="ignore"):
@@ -220,7 +161,7 @@ class _Grid:
                 self.failure.__cause__ = error
 
     def _deadlock(self) -> str:
-        waiting: dict[tuple, list[_Program]] = {}
+        waiting: dict[tuple, list[Program]] = {}
         for program in self.live:
             waiting.setdefault((program.site, self.memory.describe(program.address)), []).append(program)
         lines = [f"{len(self.live)} of {len(self._calls)} programs wait, the others have ended ({self.report.policy})"]
@@ -253,7 +194,7 @@ class _Grid:
             return None
         scope = patch(function)
         # Triton 3.6 converts an array of one element to an integer, which numpy no longer does.
-        scope.set_attr(triton.language.tensor, "__index__", lambda tensor: tensor.handle.data.item())
+        scope.set_attr(tl.tensor, "__index__", lambda tensor: tensor.handle.data.item())
         if self._patched:
             self._helper_patches.append(scope)
         self._patched.add(id(function.__globals__))
@@ -263,7 +204,7 @@ class _Grid:
         while self._helper_patches:
             self._helper_patches.pop().restore()
 
-    def _hand_over(self, pointers, mask) -> tuple[_Program, np.ndarray, int]:
+    def _hand_over(self, pointers, mask) -> tuple[Program, np.ndarray, int]:
         """Lets others run; returns the program, the addresses of the lanes in use and their item size in bytes."""
         program = self.current
         mask = np.broadcast_to(np.asarray(mask.data, dtype=bool), pointers.data.shape)
@@ -273,7 +214,7 @@ class _Grid:
         self._scheduler.switch()
         return program, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
-    def _note(self, program: _Program, addresses: np.ndarray, wrote: bool, polling: bool) -> None:
+    def _note(self, program: Program, addresses: np.ndarray, wrote: bool, polling: bool) -> None:
         if wrote:
             self.version += 1
             program.note_change()
@@ -306,14 +247,14 @@ class _Grid:
         self._order(program, addresses, item_bytes, sem, scope, wrote=True)
         old = operation(kind, pointers, value, mask, sem, scope)
         # Adding zero is how older Tritons read atomically: it must not pass for progress.
-        changed = _load_bytes(pointers, mask, old) != old.data.tobytes()
+        changed = _in_memory(pointers, mask, old).tobytes() != old.data.tobytes()
         self._note(program, addresses, wrote=changed, polling=True)
         return old
 
     def _atomic_cas(self, operation, pointers, expected, value, sem, scope):
-        everywhere = interpreter.TensorHandle(np.ones(pointers.data.shape, bool), triton.language.int1)
+        everywhere = interpreter.TensorHandle(np.ones(pointers.data.shape, bool), tl.int1)
         program, addresses, item_bytes = self._hand_over(pointers, everywhere)
-        matches = _load_bytes(pointers, everywhere, expected) == expected.data.tobytes()
+        matches = bool((_in_memory(pointers, everywhere, expected) == expected.data).any())
         self._order(program, addresses, item_bytes, sem, scope, wrote=matches)
         self._note(program, addresses, wrote=matches, polling=True)
         return operation(pointers, expected, value, sem, scope)
@@ -347,9 +288,10 @@ class _Grid:
             self.memory.release(program.number, addresses, replace)
 
 
-def _load_bytes(pointers, mask, like) -> bytes:
+def _in_memory(pointers, mask, like) -> np.ndarray:
+    """What lies at the pointers now; the value of `like` where the mask is off."""
     filler = np.broadcast_to(like.data, pointers.data.shape)
-    return interpreter._interpreter.load(pointers.data, mask.data, filler, like.data.dtype).tobytes()
+    return interpreter._interpreter.load(pointers.data, mask.data, filler, like.data.dtype)
 
 
 def _place(error: BaseException) -> list[tuple]:
@@ -382,8 +324,8 @@ class _Session:
         grid = _Grid(executor, self)
         to_host = executor._init_args_hst
 
-        def remember(args_dev, kwargs_dev):
-            args_hst, kwargs_hst = to_host(args_dev, kwargs_dev)
+        def remember(args_dev, kwargs):
+            args_hst, kwargs_hst = to_host(args_dev, kwargs)
             named = [*zip(executor.arg_names, args_hst, strict=False), *kwargs_hst.items()]
             grid.tensors = [pair for name, value in named for pair in _tensors(name, value)]
             return args_hst, kwargs_hst
@@ -427,12 +369,14 @@ def cooperative(
         OutOfBounds: an address lies outside every tensor that the kernel was given.
         ProgramError: a program raised.
     """
-    if not triton.knobs.runtime.interpret:
+    if not knobs.runtime.interpret:
         raise RuntimeError("cooperative needs the interpreter: set TRITON_INTERPRET=1 before triton is imported")
     if policy is None:
         policy = "round-robin" if seed is None else ("uniform", "bursts", "priorities")[seed % 3]
     session = _Session(Report(policy), random.Random(seed), check_races, tuple(exempt))
     call = interpreter.GridExecutor.__call__
+    if call.__module__ != interpreter.__name__:
+        raise RuntimeError("cooperative blocks do not nest")
     with contextlib.ExitStack() as stack:
         if poison:
             stack.enter_context(poisoned_allocations())
@@ -457,11 +401,8 @@ def poisoned_allocations() -> Iterator[None]:
     A kernel that reads such memory before writing it then shows. PyTorch does the filling, in its deterministic mode.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -21,8 +21,9 @@ READ, WRITE, ATOMIC_READ, ATOMIC_WRITE = "reads", "writes", "atomically reads", 
 # Plain writes are missing here: every access conflicts with them, and they are kept apart.
 _CONFLICTS = {READ: (ATOMIC_WRITE,), WRITE: (READ, ATOMIC_READ, ATOMIC_WRITE), ATOMIC_READ: (), ATOMIC_WRITE: (READ,)}
 _SITE_BITS = 32
+_OWN_MODULES = ("cooperative", "happens_before", "interpreter_repairs", "schedules")
 _NOT_KERNEL_CODE = (os.path.dirname(triton.__file__), os.path.dirname(np.__file__))
-_OWN_FILES = (__file__, str(pathlib.Path(__file__).with_name("cooperative.py")))
+_OWN_FILES = [str(pathlib.Path(__file__).with_name(f"{name}.py")) for name in _OWN_MODULES]
 
 
 class GridError(RuntimeError):

@@ -1,5 +1,9 @@
 """The concurrent interpreter itself: what it must find in wrong kernels, and what right ones may do."""
 
+# A type checker takes kernels for plain Python.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+
 import linecache
 import re
 
@@ -9,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .cooperative import (
     POLICIES,
@@ -300,6 +305,45 @@ def test_exception_names_program_and_lines(seed):
     assert line_of("the failing line") + "fail_in, called at " in str(error.value)
     assert isinstance(error.value.__cause__, AssertionError)
     assert_nothing_left()
+
+
+@triton.jit
+def copy_by_descriptor(source, y_ptr, FIRST: tl.constexpr):
+    target = tl.make_tensor_descriptor(y_ptr, [4, 8], [8, 1], [2, 8])
+    for row in tl.static_range(0, 4, 2):
+        target.store([row, 0], source.load([row + FIRST, 0]))
+
+
+def test_descriptors():
+    x, y = torch.randn(4, 8), poisoned(4, 8)
+    with cooperative() as report:
+        copy_by_descriptor[(1,)](TensorDescriptor.from_tensor(x, [2, 8]), y, FIRST=2)
+    torch.testing.assert_close(y, torch.cat([x[2:], torch.zeros(2, 8)]))
+    assert report.switches == 4
+    with pytest.raises(DataRace, match="write-write race on y_ptr"), cooperative():
+        copy_by_descriptor[(2,)](TensorDescriptor.from_tensor(x, [2, 8]), y, FIRST=0)
+
+
+@triton.jit
+def take_turns(lock_ptr, x_ptr):
+    while tl.atomic_cas(lock_ptr, 0, 1, sem="acquire") != 0:
+        pass
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+    tl.debug_barrier()
+    tl.atomic_xchg(lock_ptr, 0, sem="release")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_lock(seed):
+    x = torch.zeros(1)
+    with cooperative(seed):
+        take_turns[(5,)](torch.zeros(1, dtype=torch.int32), x)
+    assert x.item() == 5
+
+
+def test_blocks_do_not_nest():
+    with cooperative(), pytest.raises(RuntimeError, match="do not nest"), cooperative():
+        pass
 
 
 def test_schedules_repeat_with_their_seed():
