@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -119,7 +120,11 @@ def train_command(
     """
     values = dict(steps=steps, hidden=hidden, layers=layers, batch=batch, seq=seq, lr=lr, seed=seed, dtype=dtype)
     values |= dict(device=device, backend=backend, cell=cell, variant=variant, max_bytes=max_bytes)
-    values |= dict(text=tuple(text) if text else None, compare=compare or None, gate_gain=_gate_gain(gate_gain))
+    values |= dict(
+        text=_absolute(text),
+        compare=compare or None,
+        gate_gain=_gate_gain(gate_gain),
+    )
     given = {name: value for name, value in values.items() if value is not None}
     return train(given, out, resume, overwrite)
 
@@ -129,6 +134,11 @@ def _gate_gain(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+def _absolute(paths: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return paths that a run resumed from another folder finds, too."""
+    return tuple(str(Path(path).expanduser().absolute()) for path in paths) if paths else None
 
 
 def _repeat_text(arguments: Sequence[str]) -> list[str]:
@@ -169,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"novolstm: {' '.join(message.split())}", file=sys.stderr)
+    # Under torchrun all processes come to the same end: one of them says so.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"novolstm: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

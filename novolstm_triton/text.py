@@ -60,7 +60,7 @@ def _expand(paths: Sequence[str]) -> Iterator[Path]:
     if not paths:
         yield from _walk(Path(sysconfig.get_path("stdlib")), suffix=".py", skipped=_SKIPPED_FOLDERS)
     for name in paths:
-        path = Path(name).expanduser()
+        path = Path(name)
         if path.is_dir():
             yield from _walk(path)
         elif path.is_file():

@@ -46,6 +46,8 @@ _WARM_UP_STEPS = 20
 _FINAL_LR = 0.05  # share of the peak learning rate that the cosine ends at
 _PROMPT_BYTES, _SAMPLE_BYTES, _TEMPERATURE = 120, 400, 0.7
 
+_PRODUCTS_WORTH_THREADS = 2**23
+
 _FREE_ON_RESUME = {"steps", "text", "backend", "device"}
 
 
@@ -122,10 +124,9 @@ class Processes:
             raise UsageError("--device cuda: PyTorch sees no GPU here")
         self.device = torch.device("cpu")
         if device != "cpu" and torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise UsageError(
-                    f"torchrun: process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}"
-                )
+            local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if local_world > gpus:
+                raise UsageError(f"torchrun: {local_world} processes here need as many GPUs, there are {gpus}")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -164,7 +165,7 @@ class Processes:
             except UsageError as error:
                 answer[1] = str(error)
         if self.world > 1:
-            dist.broadcast_object_list(answer)
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
         if answer[1] is not None:
             raise UsageError(answer[1])
         return answer[0]
@@ -182,6 +183,20 @@ def build_model(config: TrainConfig, cell: str) -> ByteModel:
     if cell == "novolstm":
         options = {"variant": config.variant, "gate_gain": config.gate_gain, "backend": config.backend}
     return ByteModel(cell, config.hidden, config.layers, **options)
+
+
+@contextlib.contextmanager
+def _threads(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Compute on one CPU thread if the products of a time step are small, unless OMP_NUM_THREADS is set.
+
+    Threads gain little on them, and lose a factor of ten where other programs compete for the cores.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        products = 5 * config.hidden**2 * config.batch
+        torch.set_num_threads(before if products >= _PRODUCTS_WORTH_THREADS else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Learner:
@@ -422,7 +437,7 @@ class Job:
             config = dataclasses.replace(config, batch=_share(checkpoint["rows_per_step"], processes.world))
         self.config, self.processes = config, processes
         text = read_text(config.text, config.max_bytes)
-        self.text_bytes, self._text_hash = len(text), hashlib.sha256(text).hexdigest()
+        self._text_bytes, self._text_hash = len(text), hashlib.sha256(text).hexdigest()
         if checkpoint and checkpoint["text_sha256"] != self._text_hash:
             raise UsageError(
                 "--resume: the text is not the one that the run was trained on: restore it, or pass --text"
@@ -498,20 +513,24 @@ class Job:
     def _flush(self) -> None:
         for learner in self.learners:
             learner.flush()
-            if not math.isfinite(learner.curve[-1]):
-                raise TrainingError(f"{learner.cell}: the loss is {learner.curve[-1]} by step {self.step}: lower --lr")
+            self._check_finite(learner, learner.curve[-1])
+
+    def _check_finite(self, learner: Learner, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(f"{learner.cell}: the loss is {loss} by step {self.step}: lower --lr")
 
     def _measure(self) -> None:
         """Append a row of metrics for each learner."""
         before = self.rows[-1]["step"] if self.rows else 0
         for learner in self.learners:
-            since = learner.curve[before : self.step]
+            since, held_out = learner.curve[before : self.step], learner.evaluate(self._held_out_stream)
+            self._check_finite(learner, held_out)
             self.rows.append(
                 {
                     "step": self.step,
                     "cell": learner.cell,
                     "train_bpb": round(sum(since) / len(since), 6),
-                    "valid_bpb": round(learner.evaluate(self._held_out_stream), 6),
+                    "valid_bpb": round(held_out, 6),
                     "tokens_per_s": round(learner.tokens_per_s()),
                 }
             )
@@ -543,12 +562,13 @@ class Job:
     def draw(self, path: Path) -> None:
         """Write a picture of the loss curves to `path` (PNG)."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(
             xlabel="step",
             ylabel="bits per byte",
-            title=f"Byte-level language model on {self.source}\n{self.describe()}",
+            title=self.describe().replace("; ", "\n"),
         )
         for learner, colour in zip(self.learners, ("tab:blue", "tab:orange"), strict=False):
             rows = [row for row in self.rows if row["cell"] == learner.cell]
@@ -559,6 +579,7 @@ class Job:
             label = f"{learner.cell}, held-out{final}"
             axes.plot([row["step"] for row in rows], held_out, color=colour, marker="o", markersize=4, label=label)
         axes.set_xlim(0, self.config.steps)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(path, format="png", dpi=150)
@@ -567,8 +588,7 @@ class Job:
         """Return the names of the files of a finished run."""
         return [METRICS, *(self.model_file(cell) for cell in self.config.cells), PLOT, CHECKPOINT]
 
-    @property
-    def source(self) -> str:
+    def _source(self) -> str:
         """Name what is trained on."""
         if not self.config.text:
             return "Python's standard library"
@@ -584,7 +604,8 @@ class Job:
             parts.append(f"backend {resolve_backend(config.backend, device)}")
         if self.processes.world > 1:
             parts.append(f"{self.processes.world} processes")
-        return ", ".join(parts)
+        size = f"{'first ' if self._text_bytes == config.max_bytes else ''}{self._text_bytes:,} bytes"
+        return f"{', '.join(parts)}; {size} of {self._source()}"
 
     def sample(self) -> tuple[str, str]:
         """Return the start of the held-out text and how the first learner's model goes on from there."""
@@ -686,25 +707,31 @@ def train(given: dict[str, Any], out: Path | None = None, resume: Path | None = 
         UsageError: anything that is wrong with the request, before any training.
         TrainingError: the loss is not finite any more.
     """
-    started = time.perf_counter()
     checkpoint = load_checkpoint(resume) if resume else None
     config = resumed_config(checkpoint["config"], given) if checkpoint else TrainConfig(**given)
     processes = Processes(config.device)
     try:
-        job = Job(config, processes, checkpoint)
-        folder = processes.agree(lambda: choose_folder(out, resume, overwrite))
-        say = print if processes.rank == 0 else lambda *_: None
-        say(f"{job.describe()}; {job.text_bytes:,} bytes of {job.source}; writing to {folder}")
-        signal_number = job.fit(folder)
-        if signal_number:
-            again = f"novolstm train --resume {shlex.quote(str(folder))}"
-            say(f"stopped after step {job.step} of {config.steps}; to go on: {again}")
-            return 128 + signal_number
-        say(summary(job.rows[-len(job.learners) :]) + f", {time.perf_counter() - started:.0f} s in all")
-        say(f"wrote {', '.join(str(folder / name) for name in job.files())}")
-        if processes.rank == 0:
-            prompt, continuation = job.sample()
-            print(f"--- held-out text ---\n{prompt}\n--- continued by {job.learners[0].cell} ---\n{continuation}")
+        with _threads(config, processes.device):
+            job = Job(config, processes, checkpoint)
+            folder = processes.agree(lambda: choose_folder(out, resume, overwrite))
+            return _run(job, folder)
     finally:
         processes.close()
+
+
+def _run(job: Job, folder: Path) -> int:
+    """Fit and tell the user; return the exit code."""
+    say = functools.partial(print, flush=True) if job.processes.rank == 0 else lambda *_: None
+    say(f"{job.describe()}; writing to {folder}")
+    started = time.perf_counter()
+    signal_number = job.fit(folder)
+    if signal_number and job.step < job.config.steps:
+        again = f"novolstm train --resume {shlex.quote(str(folder))}"
+        say(f"stopped after step {job.step} of {job.config.steps}; to go on: {again}")
+        return 128 + signal_number
+    say(f"{summary(job.rows[-len(job.learners) :])}; {time.perf_counter() - started:.0f} s")
+    say(f"wrote {', '.join(str(folder / name) for name in job.files())}")
+    if job.processes.rank == 0:
+        prompt, continuation = job.sample()
+        say(f"--- held-out text ---\n{prompt}\n--- continued by {job.learners[0].cell} ---\n{continuation}")
     return 0
