@@ -141,9 +141,9 @@ class _Cell:
     """The parameters as the walks want them, in the dtype of computation."""
 
     weight_ih: Tensor
-    """[5, I, H], private order, transposed."""
+    """[5, H, I], private order."""
     weight_hh: Tensor
-    """[R, H, H], private order, transposed."""
+    """[R, H, H], private order."""
     bias: Tensor
     """[5, 1, H], private order."""
     gamma: Tensor
@@ -155,17 +155,17 @@ class _Cell:
 
     @classmethod
     def prepare(cls, weight_ih, weight_hh, bias, ln_weight, ln_bias, eps, gate_gain, variant) -> _Cell:
-        """Cast, permute and transpose the parameters of `forward`."""
+        """Cast the parameters of `forward` and permute their blocks."""
         dtype = torch.float64 if weight_ih.dtype == torch.float64 else torch.float32
 
         def blocks(rows: Tensor) -> Tensor:
             public = rows.to(dtype).unflatten(0, (-1, ln_weight.shape[0]))
-            return torch.stack([public[k].t() for k in _PRIVATE_ORDER[: len(public)]])
+            return torch.stack([public[k] for k in _PRIVATE_ORDER[: len(public)]])
 
         return cls(
             weight_ih=blocks(weight_ih),
             weight_hh=blocks(weight_hh),
-            bias=blocks(bias.unsqueeze(1)),
+            bias=blocks(bias).unsqueeze(1),
             gamma=ln_weight.to(dtype) * gate_gain,
             beta=ln_bias.to(dtype) * gate_gain,
             eps=eps,
@@ -179,7 +179,7 @@ class _Cell:
     def project(self, x: Tensor, z: Tensor) -> None:
         """Write x W + b into z [5, n, B, H]; x is [n, B, I]."""
         rows = x.to(self.dtype).flatten(0, 1)
-        torch.baddbmm(self.bias, rows.expand(5, -1, -1), self.weight_ih, out=z.flatten(1, 2))
+        torch.baddbmm(self.bias, rows.expand(5, -1, -1), self.weight_ih.mT, out=z.flatten(1, 2))
 
     def norm(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return gain · LayerNorm(a) over the units, the mean and 1/σ; a is [..., H]."""
@@ -193,51 +193,48 @@ class _ForwardWalk:
         self.cell, self.reverse = cell, reverse
         self.h, self.c = h_0.to(cell.dtype), c_0.to(cell.dtype, copy=True)
         """[B, H] state between chunks."""
-        recurrent = cell.weight_hh.shape[0]
-        self._z = self.c.new_empty(5, longest, *self.c.shape)
+        recurrent = len(cell.weight_hh)
+        self._weight_hh = _transpose_each(cell.weight_hh)
+        self._projected = self.c.new_empty(5, longest, *self.c.shape)
         self._h_all = self.c.new_empty(longest + 1, *self.c.shape)
-        self._h_after = _after(self._h_all, reverse)
         h_before = _before(self._h_all, reverse)
-        self._views = list(
-            zip(
-                self._z[:recurrent].unbind(1),
-                self._z[:3].unbind(1),
-                *(block.unbind(0) for block in self._z),
-                h_before.unsqueeze(1).expand(-1, recurrent, -1, -1).unbind(0),
-                h_before.unbind(0),
-                self._h_after.unbind(0),
-                strict=True,
-            )
+        buffers = (
+            *(self._projected[:recurrent].transpose(0, 1), self._projected[4]),
+            *(h_before.unsqueeze(1).expand(-1, recurrent, -1, -1), h_before, _after(self._h_all, reverse)),
         )
+        self._views = list(zip(*(buffer.unbind(0) for buffer in buffers), strict=True))
 
     def run(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Walk over a chunk, x [n, B, I], valid [n, B, 1]; return h after each step [n, B, H], in a buffer."""
-        cell, n = self.cell, x.shape[0]
-        cell.project(x, self._z[:, :n])
+        cell, n = self.cell, len(x)
+        cell.project(x, self._projected[:, :n])
         if not cell.formula:
-            self._z[4, :n] = self._z[4, :n].softmax(-1)
+            self._projected[4, :n] = self._projected[4, :n].softmax(-1)
         first, last = (n, 0) if self.reverse else (0, n)
         self._h_all[first] = self.h
+        valid_steps = None if valid is None else valid.unbind(0)
+        z = self.c.new_empty(len(cell.weight_hh), *self.c.shape)
+        sigmoids, (s, f, o, g), z_p = z[:3], z[:4], z[-1]
         c, c_next, tanh_c, softmax = self.c, *self.c.new_empty(3, *self.c.shape)
         for t in _order(n, self.reverse):
-            z, sigmoids, s, f, o, g, p, h_factor, h, h_next = self._views[t]
-            z.baddbmm_(h_factor, cell.weight_hh)
+            projected, p, h_factor, h, h_next = self._views[t]
+            torch.baddbmm(projected, h_factor, self._weight_hh, out=z)
             sigmoids.sigmoid_()
             g.tanh_()
             if cell.formula:
-                torch.softmax(p, -1, out=softmax)
+                torch.softmax(z_p, -1, out=softmax)
                 i = cell.norm(s)[0].mul_(softmax)
             else:
                 i = cell.norm(s.mul_(p))[0]
             torch.mul(f, c, out=c_next).addcmul_(i, g)
             torch.tanh(c_next, out=tanh_c)
             torch.mul(o, tanh_c, out=h_next)
-            if valid is not None:
-                torch.where(valid[t], c_next, c, out=c_next)
-                torch.where(valid[t], h_next, h, out=h_next)
+            if valid_steps is not None:
+                torch.where(valid_steps[t], c_next, c, out=c_next)
+                torch.where(valid_steps[t], h_next, h, out=h_next)
             c, c_next = c_next, c
         self.h, self.c = self._h_all[last].clone(), c
-        return self._h_after[:n]
+        return _after(self._h_all[: n + 1], self.reverse)
 
 
 class _BackwardWalk:
@@ -259,6 +256,8 @@ class _BackwardWalk:
         # What takes dh to dz_o and to dc; dc to dz_f, dz_g, dn and dp; the gradient of the norm's input to dz_i.
         self._slopes = buffer(7, longest)
         self._dz = self.dc.new_empty(longest, batch, 5 * hidden)
+        scan = (_after(self._c_all, reverse), self._gates[1], _before(self._c_all, reverse))
+        self._scan = list(zip(*(buffer.unbind(0) for buffer in scan), strict=True))
         self._views = self._cut()
 
     def _cut(self) -> list[tuple[Tensor, ...]]:
@@ -288,7 +287,7 @@ class _BackwardWalk:
         gates, slopes = self._gates[:, :n], self._slopes[:, :n]
         cell.project(x, gates)
         h_rows = h_before.flatten(0, 1).expand(recurrent, -1, -1)
-        gates[:recurrent].flatten(1, 2).baddbmm_(h_rows, cell.weight_hh)
+        gates[:recurrent].flatten(1, 2).baddbmm_(h_rows, cell.weight_hh.mT)
         gates[:3].sigmoid_()
         gates[3].tanh_()
         s, f, o, g, z_p = gates
@@ -309,7 +308,12 @@ class _BackwardWalk:
         if frozen is not None:
             i.masked_fill_(frozen, 0)
             f.masked_fill_(frozen, 1)
-        c_before, c = self._scan_c(torch.mul(i, g), f, c_border)
+        c_before, c = _before(self._c_all[: n + 1], self.reverse), _after(self._c_all[: n + 1], self.reverse)
+        self._c_all[n if self.reverse else 0] = c_border
+        torch.mul(i, g, out=c)
+        for t in _order(n, self.reverse):
+            c_t, f_t, c_before_t = self._scan[t]
+            c_t.addcmul_(f_t, c_before_t)
         tanh_c = torch.tanh(c, out=self._tanh_c[:n])
         _sigmoid_backward(tanh_c, o, grad_input=slope_o)
         _tanh_backward(o, tanh_c, grad_input=slope_c)
@@ -317,18 +321,6 @@ class _BackwardWalk:
         _tanh_backward(i, g, grad_input=slope_g)
         if frozen is not None:
             slopes.masked_fill_(frozen, 0)
-
-    def _scan_c(self, added: Tensor, f: Tensor, c_border: Tensor) -> tuple[Tensor, Tensor]:
-        """Run c ← f·c + added [n, B, H] from the border; return c before and after each step."""
-        n = len(f)
-        c_all = self._c_all[: n + 1]
-        c_before, c = _before(c_all, self.reverse), _after(c_all, self.reverse)
-        c_all[n if self.reverse else 0] = c_border
-        steps = [v.unbind(0) for v in (added, f, c_before, c)]
-        for t in _order(n, self.reverse):
-            added_t, f_t, c_before_t, c_t = (v[t] for v in steps)
-            torch.addcmul(added_t, f_t, c_before_t, out=c_t)
-        return c_before, c
 
     def run(self, dy: Tensor, frozen: Tensor | None) -> Tensor:
         """Walk back over a chunk; dy is [n, B, H]. Return dz [n, B, 5H] in a buffer, for the notebook without dz_p."""
@@ -387,7 +379,7 @@ class _ParameterSums:
     """Gradients of the parameters, summed over chunks in the order of the walk."""
 
     def __init__(self, cell: _Cell, needs: list[bool]) -> None:
-        (gates, inputs, hidden), recurrent = cell.weight_ih.shape, len(cell.weight_hh)
+        (gates, hidden, inputs), recurrent = cell.weight_ih.shape, len(cell.weight_hh)
         shapes = ((gates * hidden, inputs), (recurrent * hidden, hidden), (gates * hidden,), (hidden,), (hidden,))
         self._sums = [
             cell.gamma.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs[3:], strict=True)
@@ -432,6 +424,14 @@ def _before(states: Tensor, reverse: bool) -> Tensor:
 def _after(states: Tensor, reverse: bool) -> Tensor:
     """Of n + 1 states in the order of time, return the n that a walk leaves after its steps, at the steps' times."""
     return states[:-1] if reverse else states[1:]
+
+
+def _transpose_each(matrices: Tensor) -> Tensor:
+    """Return the transposes of a stack of matrices, contiguous; one by one, which PyTorch copies faster."""
+    result = matrices.new_empty(matrices.mT.shape)
+    for transposed, matrix in zip(result, matrices, strict=True):
+        transposed.copy_(matrix.t())
+    return result
 
 
 def _valid(lengths: Tensor | None, steps: int) -> Tensor | None:
