@@ -36,11 +36,12 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CHECKPOINT, METRICS, MODEL, PLOT = "checkpoint.pt", "metrics.jsonl", "model.safetensors", "loss.png"
+_FORMAT = "novolstm-train-1"
 _FILES = (METRICS, MODEL, "model-lstm.safetensors", PLOT, CHECKPOINT)
 
-_ROWS = 20  # rows of metrics in a whole run
+_ROWS, _LONGEST_INTERVAL = 20, 250  # rows of metrics in a whole run; steps from one to the next
 _REFRESH = 10  # steps between two looks at the losses, each of which waits for a GPU
-_EVALUATED_BYTES = 2**16
+_EVALUATED_BYTES = 2**15
 _CLIP_NORM = 1.0
 _WARM_UP_STEPS = 20
 _FINAL_LR = 0.05  # share of the peak learning rate that the cosine ends at
@@ -267,10 +268,13 @@ class Learner:
 
     def tokens_per_s(self) -> float:
         """Return bytes trained on per second, over all processes, since the last call."""
-        return self._clock.rate() * self.processes.world
+        return self._clock.lap() * self.processes.world
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the states of all processes included."""
+        """Return all that a resumed run needs, the states of all processes included.
+
+        There is no state of a random generator: nothing is drawn after the initial weights.
+        """
         states = () if self.state is None else tuple(self.processes.rows(s) for s in self.state)
         parts = {"model": self.model, "optimizer": self._optimizer, "scaler": self._scaler}
         saved = {name: part.state_dict() for name, part in parts.items()}
@@ -309,7 +313,7 @@ class _Clock:
         self._seconds += time.perf_counter() - start
         self._count += count
 
-    def rate(self) -> float:
+    def lap(self) -> float:
         rate = self._count / max(self._seconds, 1e-9)
         self._count, self._seconds = 0, 0.0
         return rate
@@ -335,11 +339,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place, so that no reader sees half a file."""
+    """Let `write` fill a temporary file beside `path`, then put it in place, so that no reader sees half a file.
+
+    Raises:
+        TrainingError: the disk is full, or the folder gone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -354,9 +364,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"--resume: no {CHECKPOINT} in {folder}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UsageError(f"--resume: {path} is not a checkpoint of this program") from error
+        raise UsageError(f"--resume: cannot read {path}: {type(error).__name__}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != _FORMAT:
+        raise UsageError(f"--resume: {path} is not a checkpoint of this version of novolstm train")
+    return checkpoint
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
@@ -458,7 +471,7 @@ class Job:
             learners = [Learner(self.config, cell, self.processes) for cell in self.config.cells]
             for learner in learners:
                 learner.rehearse(*self._stream.window(0))
-        except (ImportError, MemoryError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise UsageError(f"this configuration does not run here: {reason[0]}") from error
         return learners
@@ -476,26 +489,26 @@ class Job:
         Returns:
             0, or the number of the signal.
         """
-        every = max(1, self.config.steps // _ROWS)
+        every = min(max(1, self.config.steps // _ROWS), _LONGEST_INTERVAL)
         with _stop_requests() as stop, _Progress(self) as progress:
-            while self.step < self.config.steps and not stop.signal:
+            stopped = 0
+            while self.step < self.config.steps and not stopped:
                 self._advance()
-                last = self.step == self.config.steps
-                # All processes have to stop after the same step.
-                stop.signal = self.processes.most(stop.signal)
-                measured = self.step % every == 0 or self.step == 1 or last
-                if measured or stop.signal or self.step % _REFRESH == 0:
+                # All processes have to stop after the same step, so each looks at its signal here only.
+                stopped = self.processes.most(stop.signal)
+                measured = self.step % every == 0 or self.step in (1, self.config.steps)
+                if measured or stopped or self.step % _REFRESH == 0:
                     self._flush()
                 if measured:
                     self._measure()
                     self.save(folder)
                     progress.measured()
                 progress.advanced()
-            if stop.signal:
+            if stopped:
                 self.save(folder)
-        if self.processes.rank == 0:
-            write_atomically(folder / PLOT, self.draw)
-        return stop.signal
+            if self.processes.rank == 0:
+                write_atomically(folder / PLOT, self.draw)
+        return stopped
 
     def _advance(self) -> None:
         """Train every learner on the next window; the state starts anew with every epoch."""
@@ -541,6 +554,7 @@ class Job:
         if self.processes.rank != 0:
             return
         checkpoint = {
+            "format": _FORMAT,
             "config": dataclasses.asdict(self.config),
             "rows_per_step": self.config.batch * self.processes.world,
             "text_sha256": self._text_hash,

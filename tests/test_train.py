@@ -285,7 +285,8 @@ BAD = {
     "argument": (["words"], "words"),
     "text-without-path": (["--text"], "--text"),
     "resume-nothing": (["--resume", "hollow"], "no checkpoint.pt in hollow"),
-    "resume-garbage": (["--resume", "garbage"], "not a checkpoint"),
+    "resume-garbage": (["--resume", "garbage"], "cannot read garbage"),
+    "resume-foreign": (["--resume", "foreign"], "not a checkpoint"),
     "out-is-a-file": (["--out", "short.txt"], "cannot write to short.txt"),
     "out-below-a-file": (["--out", "short.txt/run"], "cannot write to"),
     "out-unwritable": (["--out", "/proc/run"], "cannot write to /proc/run"),
@@ -298,6 +299,8 @@ def test_bad_request_ends_in_one_line_and_code_2(arguments, message, text, tmp_p
     (tmp_path / "hollow").mkdir()
     (tmp_path / "garbage").mkdir()
     (tmp_path / "garbage" / "checkpoint.pt").write_text("no checkpoint")
+    (tmp_path / "foreign").mkdir()
+    torch.save({"step": 1}, tmp_path / "foreign" / "checkpoint.pt")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("too little")
     before = sorted(tmp_path.rglob("*"))
@@ -347,6 +350,14 @@ def test_loss_beyond_all_bounds_ends_in_one_line_and_code_1(text, tmp_path, caps
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("novolstm: ")
     assert "lower --lr" in line
+
+
+def test_vanished_folder_ends_in_one_line_and_code_1(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("novolstm_triton.train.learning_rate", lambda *_: shutil.rmtree(tmp_path / "run") or 0.01)
+    assert train(tmp_path / "run", "--steps", 5, text=text) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("novolstm: cannot write")
+    assert err.count("\n") == 1
 
 
 def test_missing_extra_names_the_install_command(tmp_path):
