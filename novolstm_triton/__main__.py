@@ -99,7 +99,8 @@ def train_command(
     ] = None,
     cell: Annotated[str | None, _option("cell", "Recurrent layer; lstm is torch.nn.LSTM.", CELLS)] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Train both cells, on the same batches, into one plot.")
+        bool,
+        typer.Option("--compare", help="Train both cells on the same batches, with the same settings, into one plot."),
     ] = False,
     gate_gain: Annotated[
         str | None,

@@ -47,7 +47,7 @@ _WARM_UP_STEPS = 20
 _FINAL_LR = 0.05  # share of the peak learning rate that the cosine ends at
 _PROMPT_BYTES, _SAMPLE_BYTES, _TEMPERATURE = 120, 400, 0.7
 
-_PRODUCTS_WORTH_THREADS = 2**23
+_PRODUCTS_WORTH_THREADS = 2**25  # multiply-adds of a time step
 
 _FREE_ON_RESUME = {"steps", "text", "backend", "device"}
 
