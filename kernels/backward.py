@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, collect_rows, publish_rows, wait
-from .tiles import load_gates, load_weight, units_per_slice
+from .tiles import load_gates, load_weight, store_gates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def statistics_kernel(
     z_ptr,
     stats_ptr,
@@ -18,7 +18,7 @@ def statistics_kernel(
     GATES: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
 ):
     """Compute the cell's row statistics from pre-activations; a program owns one row (t, b), whole.
 
@@ -29,7 +29,7 @@ def statistics_kernel(
         eps: ε of the layer normalisation.
     """
     row = tl.cast(tl.program_id(0), tl.int64)
-    unit = tl.arange(0, BLOCK_H)[None, :]
+    unit = tl.arange(0, BLOCK_ROW)[None, :]
     is_unit = unit < HIDDEN
     z = load_gates(z_ptr + row * (GATES * HIDDEN), unit, is_unit, GATES, HIDDEN)
     own = partials(z, HIDDEN * 1.0, is_unit)
@@ -41,7 +41,10 @@ def statistics_kernel(
         tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row + tl.arange(0, 1), stats[k])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start"],
+    do_not_specialize_on_alignment=["lengths_ptr"],
+)
 def cell_states_kernel(
     z_ptr,
     stats_ptr,
@@ -101,6 +104,67 @@ def cell_states_kernel(
 
 
 @triton.jit
+def zero_unless(valid, dz):
+    """Zero the rows of each tile that are not valid."""
+    kept = ()
+    for k in tl.static_range(len(dz)):
+        kept = kept + (tl.where(valid, dz[k], 0.0),)
+    return kept
+
+
+@triton.jit
+def multiply_local(
+    dz, weights, GATE: tl.constexpr, is_unit, dh_prev, dz_ptr, RECURRENT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add dz U of one gate to dh_prev, dz [R, H] straight from registers; nothing for a gate without U."""
+    if GATE < RECURRENT:
+        # Padding columns meet zero weights, and only a finite value times zero is zero.
+        dz = tl.where(is_unit[None, :], dz, 0.0).to(dz_ptr.dtype.element_ty)
+        dh_prev = tl.dot(dz, weights[GATE], dh_prev, input_precision=PRECISION)
+    return dh_prev
+
+
+@triton.jit
+def multiply_exchanged(
+    dz_row,
+    in_batch,
+    weights,
+    weight_hh_ptr,
+    unit,
+    is_unit,
+    dh_prev,
+    GATE: tl.constexpr,
+    RECURRENT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add dz U of one gate to dh_prev, dz [R, H] as all slices have published it; nothing for a gate without U."""
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
+    if GATE < RECURRENT:
+        if RESIDENT:
+            for k in tl.static_range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                dz_place = dz_row + (GATE * HIDDEN + source)[None, :]
+                dz = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
+                dh_prev = tl.dot(dz, weights[GATE * BLOCKS + k], dh_prev, input_precision=PRECISION)
+        else:
+            for k in range(BLOCKS):
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+                dz_place = dz_row + (GATE * HIDDEN + source)[None, :]
+                dz = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
+                weight = load_weight(weight_hh_ptr, GATE, source, unit, is_unit, HIDDEN, False)
+                dh_prev = tl.dot(dz, weight, dh_prev, input_precision=PRECISION)
+    return dh_prev
+
+
+@triton.jit(
+    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "tile_first"],
+    do_not_specialize_on_alignment=["lengths_ptr", "counter_ptr"],
+)
 def backward_kernel(
     z_ptr,
     stats_ptr,
@@ -124,8 +188,10 @@ def backward_kernel(
     chunk_start,
     tile_first,
     eps,
-    grad_partials: tl.constexpr,
-    grad: tl.constexpr,
+    grad_local: tl.constexpr,
+    grad_finish: tl.constexpr,
+    EARLY: tl.constexpr,
+    LATE: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
     STATS: tl.constexpr,
@@ -143,7 +209,8 @@ def backward_kernel(
     """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
     On chip for all steps: the columns of the recurrent weights that lead to the slice's units (RESIDENT), dh, dc and
-    the sums of dγ and dβ, in fp32. Per step it exchanges the backward row sums, then dz, with the tile's other slices.
+    the sums of dγ and dβ, in fp32. Per step it exchanges dz of the early gates and the
+    backward row sums, then dz of the late gates, with the tile's other slices.
 
     Args:
         z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
@@ -219,7 +286,18 @@ def backward_kernel(
             valid = (t < length)[:, None]
             dy = tl.where(valid, dy, 0.0)
         dh += dy
-        own = grad_partials(z, stats, c, dh, dc, gamma, beta, is_unit[None, :])
+        own, early, pending, dc_prev, dgamma_step, dbeta_step = grad_local(
+            z, stats, c, c_prev, dh, dc, gamma, beta, is_unit[None, :]
+        )
+        if HAS_LENGTHS:
+            early = zero_unless(valid, early)
+            dc_prev = tl.where(valid, dc_prev, dc)
+            dgamma_step = tl.where(valid, dgamma_step, 0.0)
+            dbeta_step = tl.where(valid, dbeta_step, 0.0)
+        dgamma += dgamma_step
+        dbeta += dbeta_step
+        # Published with the sums, so that their products can run while the late gates' dz is on its way.
+        store_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN)
         if SLICES > 1:
             publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, slot, batch, SLICES)
             arrive(counter, SLICES)
@@ -229,53 +307,33 @@ def backward_kernel(
         sums = ()
         for k in tl.static_range(len(own)):
             sums = sums + (tl.sum(parts[k], 1),)
-        dz, dc_prev, dgamma_step, dbeta_step = grad(z, stats, c, c_prev, dh, dc, gamma, beta, sums, HIDDEN, eps)
+        late = grad_finish(pending, stats, sums, HIDDEN, eps)
         if HAS_LENGTHS:
-            dz_valid = ()
-            for gate in tl.static_range(GATES):
-                dz_valid = dz_valid + (tl.where(valid, dz[gate], 0.0),)
-            dz = dz_valid
-            dc_prev = tl.where(valid, dc_prev, dc)
-            dgamma_step = tl.where(valid, dgamma_step, 0.0)
-            dbeta_step = tl.where(valid, dbeta_step, 0.0)
-        for gate in tl.static_range(GATES):
-            dz_value = dz[gate].to(dz_ptr.dtype.element_ty)
-            tl.store(dz_ptr + step_place + gate * HIDDEN + gate_place, dz_value, mask=mask)
-        dgamma += dgamma_step
-        dbeta += dbeta_step
+            late = zero_unless(valid, late)
+        store_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if LOCAL:
-            for gate in tl.static_range(RECURRENT):
-                dz_block = dz[gate].to(dz_ptr.dtype.element_ty)
-                if HIDDEN != BLOCK_N:
-                    # Padding columns meet zero weights, and only a finite value times zero is zero.
-                    dz_block = tl.where(is_unit[None, :], dz_block, 0.0)
-                dh_prev = tl.dot(dz_block, weights[gate], dh_prev, input_precision=PRECISION)
+            for k in tl.static_range(len(EARLY)):
+                dh_prev = multiply_local(early[k], weights, EARLY[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
+            for k in tl.static_range(len(LATE)):
+                dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
         else:
             arrive(counter, SLICES)
             arrivals += SLICES
-            wait(counter, arrivals, SLICES)
             dz_row = dz_ptr + step_place + row[:, None] * (GATES * HIDDEN)
-            if RESIDENT:
-                for gate in tl.static_range(RECURRENT):
-                    for k in tl.static_range(BLOCKS):
-                        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                        dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                        dz_place = dz_row + (gate * HIDDEN + source)[None, :]
-                        dz_block = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
-                        weight = weights[gate * BLOCKS + k]
-                        dh_prev = tl.dot(dz_block, weight, dh_prev, input_precision=PRECISION)
-            else:
-                for gate in tl.static_range(RECURRENT):
-                    for k in range(BLOCKS):
-                        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                        dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                        dz_place = dz_row + (gate * HIDDEN + source)[None, :]
-                        dz_block = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
-                        weight = load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, False)
-                        dh_prev = tl.dot(dz_block, weight, dh_prev, input_precision=PRECISION)
+            for k in tl.static_range(len(EARLY)):
+                dh_prev = multiply_exchanged(
+                    *(dz_row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                    *(EARLY[k], RECURRENT, HIDDEN, BLOCK_K, RESIDENT, PRECISION),
+                )
+            wait(counter, arrivals, SLICES)
+            for k in tl.static_range(len(LATE)):
+                dh_prev = multiply_exchanged(
+                    *(dz_row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                    *(LATE[k], RECURRENT, HIDDEN, BLOCK_K, RESIDENT, PRECISION),
+                )
         if HAS_LENGTHS:
             dh = tl.where(valid, dh_prev, dh)
         else:

@@ -7,7 +7,11 @@ from .exchange import arrive, collect_rows, publish_rows, wait
 from .tiles import load_gates, load_weight, units_per_slice
 
 
-@triton.jit
+# T, B and what follows from them stay run-time values whatever they are: a new length compiles nothing.
+@triton.jit(
+    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start", "parity", "tile_first"],
+    do_not_specialize_on_alignment=["lengths_ptr", "c_in_ptr", "counter_ptr", "c_out_ptr"],
+)
 def forward_kernel(
     x_gates_ptr,
     weight_hh_ptr,
@@ -163,9 +167,10 @@ def forward_kernel(
             arrivals += SLICES
         # What nobody waits for comes after the arrival: the output, and the next step's input.
         tl.store(y_ptr + tl.cast(t, tl.int64) * size + tile_place + place, h_new, mask=mask)
-        t += t_step
+        # The last step has no next one: it loads its own input again.
+        t = t_first + tl.minimum(step + 1, steps - 1) * t_step
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
-        z = load_gates(x_gates_ptr + step_place, gate_place, mask & (step + 1 < steps), GATES, HIDDEN)
+        z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
         if not LOCAL:
             wait(counter, arrivals, SLICES)
 

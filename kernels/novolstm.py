@@ -4,11 +4,13 @@ A cell is a set of pure functions on tiles that the persistent kernels call; the
 memory. z is a tuple of fp32 tiles [R, N], one per gate in the order i|f|g|o|p; statistics are tuples of rows [R] over
 all H units; gamma and beta are [1, N], with the gate gain folded in. README.md derives the equations.
 
-    partials(z, count, mask)            -> row sums over this slice's units
-    merge(parts, count, total, eps)     -> statistics, from the parts [R, S] of all S slices
-    update(z, stats, c, gamma, beta)    -> h, c
-    grad_partials(z, stats, ...)        -> row sums of the backward step over this slice's units
-    grad(z, stats, ..., sums)           -> dz, dc_prev, dgamma, dbeta
+    partials(z, count, mask)          -> row sums over this slice's units
+    merge(parts, count, total, eps)   -> statistics, from the parts [R, S] of all S slices
+    update(z, stats, c, gamma, beta)  -> h, c
+    grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask)
+                                      -> row sums, dz of the early gates, pending, dc_prev, dγ's and dβ's shares
+    grad_finish(pending, stats, sums, total, eps)
+                                      -> dz of the late gates, those that need the sums over all slices
 """
 
 import dataclasses
@@ -46,39 +48,36 @@ def formula_update(z, stats, c, gamma, beta):
 
 
 @triton.jit
-def formula_grad_partials(z, stats, c, dh, dc, gamma, beta, mask):
-    """Return S1 = Σ dp·p, S2 = Σ dx̂ and S3 = Σ dx̂·x̂."""
+def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
+    """Return S1 = Σ dp·p, S2 = Σ dx̂ and S3 = Σ dx̂·x̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
     mean, rstd, lse = stats
-    xhat = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None]
-    p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
-    tanh_c = tanh(c)
-    dc += dh * tl.sigmoid(z[3]) * (1.0 - tanh_c * tanh_c)
-    di_p = dc * tanh(z[2]) * p
-    dxhat = di_p * gamma
-    return tl.sum(di_p * (gamma * xhat + beta), 1), tl.sum(dxhat, 1), tl.sum(dxhat * xhat, 1)
-
-
-@triton.jit
-def formula_grad(z, stats, c, c_prev, dh, dc, gamma, beta, sums, total, eps):
-    """Return dz in gate order, dc of the step before, and this step's share of dγ and dβ."""
-    mean, rstd, lse = stats
-    s1, s2, s3 = sums
     s = tl.sigmoid(z[0])
+    xhat = (s - mean[:, None]) * rstd[:, None]
+    n = gamma * xhat + beta
+    p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
     f = tl.sigmoid(z[1])
     g = tanh(z[2])
     o = tl.sigmoid(z[3])
-    p = tl.exp(z[4] - lse[:, None])
-    xhat = (s - mean[:, None]) * rstd[:, None]
-    n = gamma * xhat + beta
     tanh_c = tanh(c)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
-    dn = dc * g * p
-    dz_i = rstd[:, None] * s * (1.0 - s) * (gamma * dn - (s2[:, None] + xhat * s3[:, None]) / total)
     dz_f = dc * c_prev * f * (1.0 - f)
     dz_g = dc * n * p * (1.0 - g * g)
     dz_o = dh * tanh_c * o * (1.0 - o)
-    dz_p = p * (dc * g * n - s1[:, None])
-    return (dz_i, dz_f, dz_g, dz_o, dz_p), dc * f, dn * xhat, dn
+    dn = dc * g * p
+    dxhat = gamma * dn
+    dp_p = dn * n
+    sums = (tl.sum(dp_p, 1), tl.sum(dxhat, 1), tl.sum(dxhat * xhat, 1))
+    pending = (rstd[:, None] * s * (1.0 - s), xhat, dxhat, p, dp_p)
+    return sums, (dz_f, dz_g, dz_o), pending, dc * f, dn * xhat, dn
+
+
+@triton.jit
+def formula_grad_finish(pending, stats, sums, total, eps):
+    """Return dz of i|p: dz_i = rstd·s(1−s)·(dx̂ − S2/H − x̂·S3/H),  dz_p = p·dp − p·S1."""
+    slope, xhat, dxhat, p, dp_p = pending
+    s1, s2, s3 = sums
+    dz_i = slope * (dxhat - (s2[:, None] + xhat * s3[:, None]) / total)
+    return dz_i, dp_p - p * s1[:, None]
 
 
 @triton.jit
@@ -104,39 +103,36 @@ def notebook_update(z, stats, c, gamma, beta):
 
 
 @triton.jit
-def notebook_grad_partials(z, stats, c, dh, dc, gamma, beta, mask):
-    """Return S2 = Σ dq̂ and S3 = Σ dq̂·q̂."""
+def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
+    """Return S2 = Σ dq̂ and S3 = Σ dq̂·q̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
     mean, rstd = stats
-    qhat = tl.where(mask, (tl.sigmoid(z[0]) * z[4] - mean[:, None]) * rstd[:, None], 0.0)
-    tanh_c = tanh(c)
-    dc += dh * tl.sigmoid(z[3]) * (1.0 - tanh_c * tanh_c)
-    dqhat = tl.where(mask, dc * tanh(z[2]) * gamma, 0.0)
-    return tl.sum(dqhat, 1), tl.sum(dqhat * qhat, 1)
-
-
-@triton.jit
-def notebook_grad(z, stats, c, c_prev, dh, dc, gamma, beta, sums, total, eps):
-    """Return dz in gate order (p's is through the softmax), dc of the step before, and the share of dγ and dβ."""
-    mean, rstd = stats
-    s2, s3 = sums
     s = tl.sigmoid(z[0])
+    p = z[4]
+    qhat = tl.where(mask, (s * p - mean[:, None]) * rstd[:, None], 0.0)
+    i = gamma * qhat + beta
     f = tl.sigmoid(z[1])
     g = tanh(z[2])
     o = tl.sigmoid(z[3])
-    p = z[4]
-    qhat = (s * p - mean[:, None]) * rstd[:, None]
-    i = gamma * qhat + beta
     tanh_c = tanh(c)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
-    di = dc * g
-    dq = rstd[:, None] * (gamma * di - (s2[:, None] + qhat * s3[:, None]) / total)
-    dz_i = dq * p * s * (1.0 - s)
     dz_f = dc * c_prev * f * (1.0 - f)
     dz_g = dc * i * (1.0 - g * g)
     dz_o = dh * tanh_c * o * (1.0 - o)
+    di = dc * g
+    dqhat = gamma * di
+    sums = (tl.sum(dqhat, 1), tl.sum(dqhat * qhat, 1))
+    return sums, (dz_f, dz_g, dz_o), (s, p, qhat, dqhat), dc * f, di * qhat, di
+
+
+@triton.jit
+def notebook_grad_finish(pending, stats, sums, total, eps):
+    """Return dz of i|p, p's through the softmax; dq = rstd·(dq̂ − S2/H − q̂·S3/H)."""
+    s, p, qhat, dqhat = pending
+    s2, s3 = sums
+    rstd = stats[1]
+    dq = rstd[:, None] * (dqhat - (s2[:, None] + qhat * s3[:, None]) / total)
     # The softmax's sum Σ dq·q needs no exchange of its own: it is S3·(1 − variance·rstd²).
-    dz_p = p * (dq * s - (s3 * eps * rstd * rstd)[:, None])
-    return (dz_i, dz_f, dz_g, dz_o, dz_p), dc * f, di * qhat, di
+    return dq * p * s * (1.0 - s), p * (dq * s - (s3 * eps * rstd * rstd)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +146,18 @@ class Cell:
     partials: Any
     merge: Any
     update: Any
-    grad_partials: Any
-    grad: Any
+    grad_local: Any
+    grad_finish: Any
     partial_rows: int
     """Row sums that `partials` returns: what a forward step exchanges, besides h."""
     stats: int
     """Row statistics that `merge` returns."""
     grad_rows: int
-    """Row sums that `grad_partials` returns: what a backward step exchanges, besides dz."""
+    """Row sums that `grad_local` returns: what a backward step exchanges, besides dz."""
+    early: tuple[int, ...]
+    """Gates whose dz needs no sum over other slices, in the order `grad_local` returns them."""
+    late: tuple[int, ...]
+    """The other gates, in the order `grad_finish` returns them."""
     softmax_gate: int | None = None
     """A gate without recurrent weight that is passed through a softmax over the units before the recurrence."""
 
@@ -168,11 +168,13 @@ FORMULA = Cell(
     partials=formula_partials,
     merge=formula_merge,
     update=formula_update,
-    grad_partials=formula_grad_partials,
-    grad=formula_grad,
+    grad_local=formula_grad_local,
+    grad_finish=formula_grad_finish,
     partial_rows=4,
     stats=3,
     grad_rows=3,
+    early=(1, 2, 3),
+    late=(0, 4),
 )
 
 NOTEBOOK = Cell(
@@ -181,10 +183,12 @@ NOTEBOOK = Cell(
     partials=notebook_partials,
     merge=notebook_merge,
     update=notebook_update,
-    grad_partials=notebook_grad_partials,
-    grad=notebook_grad,
+    grad_local=notebook_grad_local,
+    grad_finish=notebook_grad_finish,
     partial_rows=2,
     stats=2,
     grad_rows=2,
+    early=(1, 2, 3),
+    late=(0, 4),
     softmax_gate=4,
 )

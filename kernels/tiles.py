@@ -23,6 +23,13 @@ def load_gates(z_ptr, place, mask, GATES: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
+def store_gates(z_ptr, z, place, mask, ORDER: tl.constexpr, HIDDEN: tl.constexpr):
+    """Store the tiles z into the gate blocks ORDER of [·, G·H]; `place` points into the first gate's block."""
+    for k in tl.static_range(len(ORDER)):
+        tl.store(z_ptr + ORDER[k] * HIDDEN + place, z[k].to(z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_weight(weight_ptr, gate, source, unit, is_unit, HIDDEN: tl.constexpr, TRANSPOSE: tl.constexpr):
     """Load the tile [source, unit] of one gate's recurrent weight U [H, H], of Uᵀ with TRANSPOSE; zero outside of it."""
     mask = (source < HIDDEN)[:, None] & is_unit[None, :]

@@ -39,6 +39,7 @@ def forward(
     cell = CELLS[variant]
     (steps, batch, _), hidden = x.shape, h_0.shape[1]
     kernel_plan = launch_plan(x, hidden, cell).forward
+    constants = kernel_constants(forward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     walk = list(_walk(steps, chunk, reverse))
@@ -81,15 +82,7 @@ def forward(
                 number * chunk % 2,
                 tile,
                 eps,
-                partials=cell.partials,
-                merge=cell.merge,
-                update=cell.update,
-                GATES=cell.gates,
-                RECURRENT=cell.recurrent,
-                HIDDEN=hidden,
-                HAS_LENGTHS=lengths is not None,
-                PRECISION=_precision(x),
-                **_tiling(kernel_plan),
+                **constants,
             )
     return y, h_ring[steps % 2].clone(), c[-1].to(x.dtype, copy=True), c[:-1].clone()
 
@@ -121,6 +114,7 @@ def backward(
     cell = CELLS[variant]
     (steps, batch, features), hidden = x.shape, h_0.shape[1]
     kernel_plan = launch_plan(x, hidden, cell).backward
+    constants = kernel_constants(backward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     dy = dy.contiguous()
@@ -146,7 +140,7 @@ def backward(
     for number, (start, stop) in reversed(list(enumerate(walk))):
         rows = (stop - start) * batch
         first, stride = _first(start, stop, reverse)
-        x_chunk = x[start:stop].reshape(rows, features)
+        x_chunk = _without_padding(x[start:stop], lengths, start).reshape(rows, features)
         h_prev = _previous_h(y, h_0, lengths, start, stop, reverse).reshape(rows, hidden)
         z, dz, c, stats = z_all[:rows], dz_all[:rows], c_all[: stop - start + 1], stats_all[: cell.stats * rows]
         torch.addmm(bias, x_chunk, weight_ih.t(), out=z)
@@ -154,7 +148,7 @@ def backward(
         recurrent.addmm_(h_prev, weight_hh.t())
         _softmax_gate(z, cell, hidden)
         c[0] = c_border[number]
-        _recompute_states(cell, hidden, z, stats, c, gamma, beta, lengths, eps, first, stride, start)
+        _recompute_states(cell, kernel_plan, z, stats, c, (gamma, beta), lengths, eps, (first, stride, start))
         for tile, grid in _launches(kernel_plan):
             _launch(
                 backward_kernel,
@@ -183,15 +177,7 @@ def backward(
                 start,
                 tile,
                 eps,
-                grad_partials=cell.grad_partials,
-                grad=cell.grad,
-                GATES=cell.gates,
-                RECURRENT=cell.recurrent,
-                STATS=cell.stats,
-                HIDDEN=hidden,
-                HAS_LENGTHS=lengths is not None,
-                PRECISION=_precision(x),
-                **_tiling(kernel_plan),
+                **constants,
             )
         if dx is not None:
             torch.mm(dz, weight_ih, out=dx[start:stop].view(rows, features))
@@ -210,6 +196,37 @@ def backward(
 def launch_plan(x: Tensor, hidden: int, cell: Cell) -> LaunchPlan:
     """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
     return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, planning.pinned())
+
+
+def kernel_constants(
+    kernel: Any, cell: Cell, hidden: int, kernel_plan: KernelPlan, has_lengths: bool, precision: str
+) -> dict[str, Any]:
+    """Return the compile-time arguments of one of the four kernels; `precision` is tl.dot's, of fp32 operands."""
+    everything = dict(
+        partials=cell.partials,
+        merge=cell.merge,
+        update=cell.update,
+        grad_local=cell.grad_local,
+        grad_finish=cell.grad_finish,
+        EARLY=cell.early,
+        LATE=cell.late,
+        GATES=cell.gates,
+        RECURRENT=cell.recurrent,
+        STATS=cell.stats,
+        HIDDEN=hidden,
+        SLICES=kernel_plan.slices,
+        UNITS=kernel_plan.units,
+        BLOCK_B=kernel_plan.block_b,
+        BLOCK_N=kernel_plan.block_n,
+        BLOCK_K=kernel_plan.block_k,
+        BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
+        BLOCK_ROW=triton.next_power_of_2(hidden),
+        BLOCK_H=min(256, triton.next_power_of_2(hidden)),
+        RESIDENT=kernel_plan.resident,
+        HAS_LENGTHS=has_lengths,
+        PRECISION=precision,
+    )
+    return {name: value for name, value in everything.items() if name in kernel.arg_names}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -256,20 +273,13 @@ def _launch(kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device:
     if kernel_plan.slices > 1:
         # Programs that wait for each other: the driver refuses the launch rather than let it hang.
         options["launch_cooperative_grid"] = True
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _on(device):
         kernel[grid](*args, **constants, **options)
 
 
-def _tiling(kernel_plan: KernelPlan) -> dict[str, int | bool]:
-    return dict(
-        SLICES=kernel_plan.slices,
-        UNITS=kernel_plan.units,
-        BLOCK_B=kernel_plan.block_b,
-        BLOCK_N=kernel_plan.block_n,
-        BLOCK_K=kernel_plan.block_k,
-        BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
-        RESIDENT=kernel_plan.resident,
-    )
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make `device` the current GPU, the one that Triton launches on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _precision(x: Tensor) -> str:
@@ -294,6 +304,14 @@ def _softmax_gate(z: Tensor, cell: Cell, hidden: int) -> None:
         gate.copy_(torch.softmax(gate, dim=1, dtype=torch.float32))
 
 
+def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:
+    """Return x [n, B, I], from t = start on, with zeros for padding: whatever it holds, zero times it must be zero."""
+    if lengths is None:
+        return x
+    t = torch.arange(start, start + x.shape[0], device=x.device, dtype=lengths.dtype).unsqueeze(1)
+    return x.masked_fill((t >= lengths).unsqueeze(2), 0)
+
+
 def _previous_h(
     y: Tensor, h_0: Tensor, lengths: Tensor | None, start: int, stop: int, reverse: bool
 ) -> Tensor:
@@ -309,40 +327,27 @@ def _previous_h(
     return y[start - 1 : stop - 1] if start > 0 else torch.cat([h_0.unsqueeze(0), y[: stop - 1]])
 
 
-def _recompute_states(cell, hidden, z, stats, c, gamma, beta, lengths, eps, first, stride, start) -> None:
-    """Fill stats and c[1:] of a chunk from its pre-activations z and c[0]."""
-    batch, rows = c.shape[1], z.shape[0]
-    shared = dict(GATES=cell.gates, STATS=cell.stats, HIDDEN=hidden)
-    with torch.cuda.device(z.device) if z.is_cuda else contextlib.nullcontext():
-        statistics_kernel[(rows,)](
-            z,
-            stats,
-            rows,
-            eps,
-            partials=cell.partials,
-            merge=cell.merge,
-            BLOCK_H=triton.next_power_of_2(hidden),
-            **shared,
-        )
-        block_h = min(256, triton.next_power_of_2(hidden))
-        cell_states_kernel[(batch, triton.cdiv(hidden, block_h))](
-            z,
-            stats,
-            gamma,
-            beta,
-            lengths,
-            c,
-            batch,
-            c.shape[0] - 1,
-            first,
-            stride,
-            start,
-            update=cell.update,
-            BLOCK_H=block_h,
-            HAS_LENGTHS=lengths is not None,
-            num_warps=2,
-            **shared,
-        )
+def _recompute_states(
+    cell: Cell,
+    kernel_plan: KernelPlan,
+    z: Tensor,
+    stats: Tensor,
+    c: Tensor,
+    affine: tuple[Tensor, Tensor],
+    lengths: Tensor | None,
+    eps: float,
+    walk: tuple[int, int, int],
+) -> None:
+    """Fill stats and c[1:] of a chunk from its pre-activations z and c[0]; walk is (first t, stride, start)."""
+    (_, batch, hidden), rows = c.shape, z.shape[0]
+    constants = [
+        kernel_constants(kernel, cell, hidden, kernel_plan, lengths is not None, "ieee")
+        for kernel in (statistics_kernel, cell_states_kernel)
+    ]
+    with _on(z.device):
+        statistics_kernel[(rows,)](z, stats, rows, eps, **constants[0])
+        grid = (batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
+        cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, c.shape[0] - 1, *walk, **constants[1])
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:

@@ -192,11 +192,11 @@ def plan(
 _CLOCKS_PER_US = 1980.0
 _SMEM_BYTES_PER_CLOCK = 128.0
 _L2_BYTES_PER_CLOCK = 38.0
-_FLOPS_PER_CLOCK = 2.0 * 1024
+_FLOPS_PER_CLOCK = 2.0 * 1270
 _BARRIER_US = 0.75
 _BARRIER_US_PER_SLICE = 0.004
 _FIXED_US = 0.3
-_POINTWISE_US_PER_ELEMENT = 60.0 / (16 * _CLOCKS_PER_US)
+_POINTWISE_US_PER_ELEMENT = 9 / (16 * _CLOCKS_PER_US)
 
 
 def _kernel_plan(
@@ -266,7 +266,7 @@ def _candidate(
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
-    num_warps = 4 if elements * (2 if backward else 1) <= 1024 else 8
+    num_warps = 4 if elements <= 512 else 8
     num_stages = 1 if resident else 3
 
     weight_bytes = recurrent * padded_k * block_n * itemsize
@@ -278,7 +278,9 @@ def _candidate(
 
     rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)
     read = weight_bytes / (_SMEM_BYTES_PER_CLOCK if resident else _L2_BYTES_PER_CLOCK)
-    multiply = 2 * recurrent * block_b * padded_k * block_n / _FLOPS_PER_CLOCK
+    # Products that feed each other get their warps along the longer side of the tile; on a shorter one they repeat work.
+    busy = min(4, num_warps, block_n // 8 if block_n > block_b else block_b // 16)
+    multiply = 2 * recurrent * block_b * padded_k * block_n / (_FLOPS_PER_CLOCK * busy / 4)
     step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
     if slices > 1:
         gathered = block_b * hidden * itemsize * (recurrent if backward else 1)

@@ -1,0 +1,183 @@
+"""Compile the kernels of planned layers for real GPUs, on a machine that needs none, and print what the compilers gave.
+
+    python bench/compile_report.py --arch sm_80 sm_90 gfx942 --hidden 64 512 --batch 16 --dtype bf16 --json OUT.json
+
+One row per kernel: registers per thread, spilled bytes, shared memory per program against the plan's estimate and the
+device's limit, loads of recurrent weights left inside the time loop, and block-wide barriers.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from novolstm_triton import plan as planning
+from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
+from novolstm_triton.kernels.forward import forward_kernel
+from novolstm_triton.launch import CELLS, kernel_constants
+
+DEVICES = {
+    "sm_80": planning.A100,
+    "sm_89": planning.RTX_4090,
+    "sm_90": planning.H100,
+    "sm_100": planning.B200,
+    "gfx942": planning.MI300X,
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+KERNELS = {k.__name__: k for k in (forward_kernel, statistics_kernel, cell_states_kernel, backward_kernel)}
+
+# Arguments in the dtype of x; other pointers are fp32, but for the integers.
+_IN_DTYPE = {"x_gates_ptr", "weight_hh_ptr", "h_ring_ptr", "y_ptr", "z_ptr", "dy_ptr", "dz_ptr"}
+_IN_INT32 = {"lengths_ptr", "counter_ptr"}
+_CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+def compile_kernel(kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool) -> dict:
+    """Compile one kernel as `launch.py` would launch it and return its row of the report."""
+    kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
+    plans = planning.plan(hidden, batch, DTYPES[dtype], device, recurrent=cell.recurrent)
+    kernel_plan = plans.forward if kernel is forward_kernel else plans.backward
+    precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
+    constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision)
+    if not lengths and "lengths_ptr" in kernel.arg_names:
+        constants["lengths_ptr"] = None
+    signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") and name not in _IN_INT32
+    }
+    persistent = kernel in (forward_kernel, backward_kernel)
+    options = dict(num_warps=kernel_plan.num_warps, num_stages=kernel_plan.num_stages) if persistent else {}
+    target = GPUTarget(device.backend, device.arch, device.warp_size)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+    row = dict(arch=arch, hidden=hidden, batch=batch, dtype=dtype, kernel=kernel_name, variant=variant, lengths=lengths)
+    row |= dict(slices=kernel_plan.slices if persistent else 1)
+    row |= _resources(compiled, device)
+    row |= dict(shared_bytes=compiled.metadata.shared, device_bytes=device.smem_bytes)
+    if persistent:
+        row |= dict(planned_bytes=kernel_plan.smem_bytes, resident=kernel_plan.resident)
+        row |= dict(weight_loads_in_loop=weight_loads_in_loop(compiled.asm["ttgir"]))
+        row |= {name: getattr(kernel_plan, name) for name in ("block_b", "block_n", "block_k", "num_warps")}
+    return row
+
+
+def weight_loads_in_loop(ttgir: str) -> int:
+    """Count the loads inside a loop whose address comes from the recurrent weights."""
+    operands, weights, depth, loads = {}, set(), 0, 0
+    for line in ttgir.splitlines():
+        depth += len(re.findall(r"scf\.for|scf\.while", line)) > 0
+        definition = re.match(r"\s*(%[\w#:]+) = (\S+) (.*)", line)
+        if definition:
+            name, operation, rest = definition.groups()
+            used = {v.split("#")[0] for v in re.findall(r"%[\w]+", rest.split(" : ")[0])}
+            operands[name.split(":")[0]] = used
+            from_weights = operation.startswith(("tt.addptr", "tt.splat", "tt.broadcast", "ttg.convert_layout"))
+            if from_weights and any(v in weights or v.startswith("%weight_hh_ptr") for v in used):
+                weights.add(name)
+            is_load = operation.startswith(("tt.load", "ttg.async_copy", "amdg.buffer_load", "ttg.buffer_load"))
+            loads += is_load and depth > 0 and any(v in weights or v.startswith("%weight_hh_ptr") for v in used)
+    return loads
+
+
+def _type(name: str, dtype: str, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in _IN_INT32:
+        return "*i32"
+    if name.endswith("_ptr"):
+        return "*" + (dtype if name in _IN_DTYPE else "fp32")
+    return "fp32" if name == "eps" else "i32"
+
+
+def _resources(compiled, device: planning.Device) -> dict:
+    """Read registers per thread, spilled bytes per thread and barriers from what the target's compiler made."""
+    if device.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        count = {key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
+        return dict(
+            registers=count["vgpr_count"], spill_bytes=4 * count["vgpr_spill_count"], barriers=text.count("s_barrier")
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    # The kernels have no arrays of their own, so a stack frame holds spilled registers and nothing else.
+    return dict(
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
+        barriers=compiled.asm["ptx"].count("bar.sync"),
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=DEVICES, default=["sm_90"])
+    parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--batch", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--variant", nargs="+", choices=CELLS, default=["formula"])
+    parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print the report; the exit code is 1 if a kernel does not compile, 0 otherwise."""
+    arguments = _arguments()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("compile_report: unset TRITON_INTERPRET, which replaces the compilers by the interpreter")
+    grid = itertools.product(
+        arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
+    )
+    grid = [(*cell, arguments.lengths) for cell in grid]
+    print(f"triton {triton.__version__}, {len(grid)} kernels")
+    rows, failed = [], 0
+    # Fresh processes: the compilers are not made for a fork of a process with threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+        for cell, future in [(cell, pool.submit(compile_kernel, *cell)) for cell in grid]:
+            try:
+                row = future.result()
+            except Exception as error:
+                failed += 1
+                print(f"FAILED {cell}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                continue
+            rows.append(row)
+            print(_line(row), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _line(row: dict) -> str:
+    text = (
+        f"{row['arch']:7} {row['dtype']:4} H={row['hidden']:<5} B={row['batch']:<4} {row['kernel']:18} "
+        f"registers {row['registers']:3} spilled {row['spill_bytes']:4} B  shared {row['shared_bytes']:6} B"
+    )
+    if "resident" in row:
+        text += (
+            f" (planned {row['planned_bytes']}, device {row['device_bytes']})  slices {row['slices']:3} "
+            f"tile {row['block_b']}x{row['block_n']}x{row['block_k']} warps {row['num_warps']} "
+            f"{'resident' if row['resident'] else 'streamed'}  weight loads in loop {row['weight_loads_in_loop']}"
+            f"  barriers {row['barriers']}"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

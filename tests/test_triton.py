@@ -1,0 +1,173 @@
+"""The Triton backend against the float64 reference, its programs interleaved in random order and checked for races."""
+
+import random
+
+import pytest
+import torch
+
+from novolstm_triton import plan
+from novolstm_triton.functional import novolstm
+
+from .cooperative import cooperative
+from .problems import Problem, assert_as_exact_as_eager, errors
+
+# A device on which every tiling fits and many programs are resident together.
+ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
+
+SLICES, HIDDEN, BATCH, STEPS = (1, 2, 4, 8), (1, 7, 64, 100, 257), (1, 5, 33), (1, 2, 9, 40)
+
+
+def sample_cases(count: int) -> list:
+    """Draw cases that between them use every value of every axis; the largest products would take minutes each."""
+    generator, cases = random.Random(2026), []
+    while len(cases) < count:
+        hidden, batch, steps = generator.choice(HIDDEN), generator.choice(BATCH), generator.choice(STEPS)
+        # The axes' values come round in turn, so that a short sample misses none.
+        slices = SLICES[len(cases) % len(SLICES)]
+        block_k, resident = generator.choice((None, None, 16, 64)), generator.random() < 0.7
+        blocks = -(-hidden // (block_k or 64))
+        if slices > hidden or slices * -(-batch // 16) * steps * (20 + blocks * (6 if resident else 12)) > 9000:
+            continue
+        problem = Problem(
+            steps,
+            batch,
+            hidden,
+            variant=generator.choice(("formula", "notebook")),
+            lengths=generator.random() < 0.5,
+            reverse=generator.random() < 0.5,
+            seed=len(cases),
+        )
+        pins = dict(
+            slices=slices,
+            chunk=max(1, steps // 2),
+            resident=resident,
+            block_k=block_k,
+        )
+        name = f"{problem}-S{slices}-{'resident' if pins['resident'] else 'streamed'}"
+        cases.append(pytest.param(problem, pins, id=name))
+    return cases
+
+
+@pytest.mark.parametrize(("problem", "pins"), sample_cases(28))
+def test_matches_float64_under_random_schedule(problem, pins):
+    with cooperative(problem.seed, poison=True) as report, plan.forced(device=ROOMY, **pins):
+        result = problem.run("triton", torch.float32)
+    assert report.programs > 0
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_matches_float64_under_every_policy(seed):
+    problem = Problem(steps=5, batch=18, hidden=20, lengths=True, seed=seed)
+    with cooperative(seed, poison=True) as report, plan.forced(device=ROOMY, slices=4, chunk=2):
+        result = problem.run("triton", torch.float32)
+    assert report.atomics > 0
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
+@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("slices", [1, 4])
+def test_sixteen_bit_dtypes(dtype, slices, variant):
+    problem = Problem(steps=7, batch=5, hidden=40, variant=variant, lengths=slices == 4)
+    with cooperative(1), plan.forced(device=ROOMY, slices=slices, chunk=3):
+        result = problem.run("triton", dtype)
+    assert result["y"].dtype == dtype
+    assert_as_exact_as_eager(problem, result, dtype)
+
+
+def test_batch_beyond_residency_runs_in_successive_launches():
+    few = plan.Device("few", "cuda", 90, multiprocessors=5, smem_bytes=2**40)
+    problem = Problem(steps=3, batch=70, hidden=20)
+    with cooperative(3, poison=True), plan.forced(device=few, slices=2, block_b=16):
+        kernel_plan = plan.plan(20, 70, torch.float32, few).forward
+        result = problem.run("triton", torch.float32)
+    assert (kernel_plan.tiles, kernel_plan.tiles_per_launch) == (5, 2)
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
+def test_interpreter_runs_unpinned():
+    problem = Problem(steps=4, batch=3, hidden=10, lengths=True, reverse=True)
+    assert_as_exact_as_eager(problem, problem.run("triton", torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_repeats_bit_for_bit_under_different_schedules(slices):
+    problem, results = Problem(steps=6, batch=20, hidden=24), []
+    for seed in (0, 1, 2):
+        with cooperative(seed), plan.forced(device=ROOMY, slices=slices, chunk=4):
+            results.append(problem.run("triton", torch.float32))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in results[0])
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_padding_may_hold_anything(reverse):
+    problem = Problem(steps=5, batch=6, hidden=8, lengths=True, reverse=reverse)
+    inputs, lengths, grads = problem.draw()
+    poisoned = inputs[0].clone()
+    poisoned[torch.arange(5).unsqueeze(1) >= lengths] = float("nan")
+    results = []
+    for x in (inputs[0], poisoned):
+        arguments = [a.float().requires_grad_() for a in (x, *inputs[1:])]
+        with cooperative(0), plan.forced(device=ROOMY, slices=2, chunk=2):
+            outputs = novolstm(*arguments, lengths=lengths, reverse=reverse, backend="triton")
+            gradients = torch.autograd.grad(outputs, arguments, [g.float() for g in grads])
+        results.append((*outputs, *gradients))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+
+
+def test_split_sequence_with_carried_state_equals_the_whole():
+    inputs, _, _ = Problem(steps=9, batch=4, hidden=12).draw()
+    x, h, c, *weights = (a.float() for a in inputs)
+    with cooperative(2), plan.forced(device=ROOMY, slices=3):
+        whole = novolstm(x, h, c, *weights, backend="triton")
+        parts = []
+        for part in (x[:4], x[4:5], x[5:]):
+            y, h, c = novolstm(part, h, c, *weights, backend="triton")
+            parts.append(y)
+    assert torch.equal(torch.cat(parts), whole[0])
+    assert torch.equal(h, whole[1])
+    assert torch.equal(c, whole[2])
+
+
+@pytest.mark.parametrize("wanted", range(8))
+def test_gradient_of_one_input_alone(wanted):
+    problem = Problem(steps=3, batch=2, hidden=5)
+    inputs, _, grads = problem.draw()
+    truth = problem.run("reference", torch.float64)
+    arguments = [a.float().requires_grad_(k == wanted) for k, a in enumerate(inputs)]
+    outputs = novolstm(*arguments, gate_gain=problem.gate_gain, backend="triton")
+    (gradient,) = torch.autograd.grad(outputs, [arguments[wanted]], [g.float() for g in grads])
+    name = list(truth)[3 + wanted]
+    assert errors({name: gradient}, {name: truth[name]})[name][0] < 1e-5
+
+
+def test_non_contiguous_inputs():
+    problem = Problem(steps=4, batch=3, hidden=6)
+    inputs, _, _ = problem.draw()
+    strided = [a.float().transpose(0, -1).contiguous().transpose(0, -1) for a in inputs]
+    assert not strided[0].is_contiguous()
+    expected = novolstm(*(a.float() for a in inputs), backend="triton")
+    for a, b in zip(novolstm(*strided, backend="triton"), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_long_sequence_keeps_its_last_steps():
+    """T = 65,536 exceeds what 16 bits hold; cuDNN stops one step before."""
+    steps = 65_536
+    x = torch.zeros(steps, 1, 1)
+    x[-3:] = 1.0
+    inputs, _, _ = Problem(steps=1, batch=1, hidden=1, inputs_size=1).draw()
+    _, h, c, *weights = (a.float() for a in inputs)
+    short, _, _ = novolstm(x[-40:], h, c, *weights, backend="reference")
+    with plan.forced(chunk=8):
+        tail, _, _ = novolstm(x[-40:], h, c, *weights, backend="triton")
+    torch.testing.assert_close(tail[-3:], short[-3:], rtol=1e-5, atol=1e-6)
+
+
+def test_float64_names_the_torch_backend():
+    inputs, _, _ = Problem(steps=1, batch=1, hidden=2).draw()
+    with pytest.raises(TypeError, match="backend='torch'"):
+        novolstm(*inputs, backend="triton")
