@@ -24,7 +24,7 @@ _PRIVATE_ORDER = (0, 1, 3, 2, 4)
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
-_softmax_backward = torch._softmax_backward_data
+_softmax_backward = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
 
 def forward(
@@ -174,6 +174,7 @@ class _Cell:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of computation."""
         return self.gamma.dtype
 
     def project(self, x: Tensor, z: Tensor) -> None:
@@ -328,6 +329,7 @@ class _BackwardWalk:
         first, last = (n, 0) if self.reverse else (0, n)
         dh_after = _after(self._dh_all[: n + 1], self.reverse)
         dh_after.copy_(dy)
+        frozen_steps = None
         if frozen is not None:
             dh_after.masked_fill_(frozen, 0)
             frozen_steps = frozen.to(cell.dtype).unbind(0)
@@ -336,7 +338,7 @@ class _BackwardWalk:
 
         mean, rstd = self._mean.unbind(0), self._rstd.unbind(0)
         into_norm = dc.new_empty(2, *dc.shape) if cell.formula else torch.empty_like(dc)
-        dn, dp = into_norm if cell.formula else (into_norm, None)
+        dn, dp = into_norm if cell.formula else (into_norm, into_norm)
         dz_p_row = torch.empty_like(dc)
         for t in _order(n, not self.reverse):
             dh, dh_before, dc_t, f, slope_o, slope_c, slope_fg, slope_norm, slope_i, a, p, *dz = self._views[t]
@@ -352,7 +354,7 @@ class _BackwardWalk:
                 dz_p.copy_(_softmax_backward(dp, p, -1, cell.dtype, grad_input=dz_p_row))
             torch.mul(dc_t, f, out=dc)
             dh_before.addmm_(dz_recurrent, self._weight_hh)
-            if frozen is not None:
+            if frozen_steps is not None:
                 dh_before.addcmul_(dh, frozen_steps[t])
         self.dh = self._dh_all[first].clone()
         return self._dz[:n]
@@ -394,9 +396,9 @@ class _ParameterSums:
             weight_hh.addmm_(dz[:, : len(weight_hh)].t(), h_before)
         if bias is not None:
             bias.add_(dz.sum(0))
-        if gamma is not None:
+        if gamma is not None and dgamma is not None:
             gamma.add_(dgamma)
-        if beta is not None:
+        if beta is not None and dbeta is not None:
             beta.add_(dbeta)
 
     def results(self, gate_gain: float) -> list[Tensor | None]:
