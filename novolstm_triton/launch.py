@@ -268,8 +268,16 @@ def _launches(kernel_plan: KernelPlan) -> Iterator[tuple[int, tuple[int, int]]]:
         yield tile, (kernel_plan.slices, min(kernel_plan.tiles_per_launch, kernel_plan.tiles - tile))
 
 
-def _launch(kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device: torch.device, *args, **constants):
-    options = dict(num_warps=kernel_plan.num_warps, num_stages=kernel_plan.num_stages)
+def compile_options(kernel_plan: KernelPlan) -> dict[str, Any]:
+    """Return the options with which the persistent kernels are compiled."""
+    options: dict[str, Any] = dict(num_warps=kernel_plan.num_warps, num_stages=kernel_plan.num_stages)
+    if kernel_plan.max_registers is not None:
+        options["maxnreg"] = kernel_plan.max_registers
+    return options
+
+
+def _launch(kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device: torch.device, *args, **constants) -> None:
+    options = compile_options(kernel_plan)
     if kernel_plan.slices > 1:
         # Programs that wait for each other: the driver refuses the launch rather than let it hang.
         options["launch_cooperative_grid"] = True

@@ -64,6 +64,8 @@ class KernelPlan:
     """Batch tiles that are resident together; the others follow in successive launches."""
     num_warps: int
     num_stages: int
+    max_registers: int | None
+    """Registers per thread that the compiler may use, where its own limit would spill; None leaves it alone."""
     smem_bytes: int
     """Upper bound of the shared memory of one program."""
     step_us: float
@@ -261,12 +263,14 @@ def _candidate(
     hidden, batch, itemsize, device, recurrent, pins, slices, units, block_n, resident, block_b, backward
 ) -> KernelPlan:
     local = resident and slices == 1 and pins.block_k is None
-    block_k = pins.block_k or (block_n if local else _block_k(hidden, itemsize, resident))
+    largest_k = (512 if resident and backward and block_n > 16 else 256 if resident else 128) // itemsize
+    block_k = pins.block_k or (block_n if local else _block_k(hidden, largest_k))
     padded_k = -(-hidden // block_k) * block_k
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
-    num_warps = 4 if elements <= 512 else 8
+    # Fewest that keep every register on chip, as the compile report shows.
+    num_warps = 8 if elements > 512 or (backward and block_n == 16) else 4
     num_stages = 1 if resident else 3
 
     weight_bytes = recurrent * padded_k * block_n * itemsize
@@ -298,6 +302,8 @@ def _candidate(
         tiles_per_launch=together,
         num_warps=num_warps,
         num_stages=num_stages,
+        # Shared memory admits one program per multiprocessor here, which the assembler does not know.
+        max_registers=255 if local and device.backend == "cuda" else None,
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )
@@ -308,8 +314,7 @@ def _tile(units: int) -> int:
     return max(16, 1 << (units - 1).bit_length())
 
 
-def _block_k(hidden: int, itemsize: int, resident: bool) -> int:
-    """Return the largest K tile that pads H little; small ones cost instructions, large ones registers."""
-    largest = (256 if resident else 128) // itemsize
-    sizes = [size for size in (16, 32, 64, 128) if size <= largest]
+def _block_k(hidden: int, largest: int) -> int:
+    """Return the largest K tile up to `largest` that pads H little; small ones cost instructions, large ones registers."""
+    sizes = [size for size in (16, 32, 64, 128, 256) if size <= largest]
     return max(sizes, key=lambda size: (-math.ceil(-(-hidden // size) * size / hidden * 8), size))
