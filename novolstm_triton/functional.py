@@ -139,7 +139,8 @@ class NovoLSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
         """Run the forward operator and keep what backward needs: the inputs, y and c at the chunk borders."""
-        chunk = chunk_steps(x.shape[0], x.shape[1], h_0.shape[1], x.element_size())
+        backend = options[-1]
+        chunk = chunk_steps(x.shape[0], x.shape[1], h_0.shape[1], x.element_size(), backend)
         inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
         y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
         ctx.save_for_backward(*inputs, lengths, y, c_border)

@@ -151,18 +151,22 @@ def pinned() -> Pins:
     return _pins.get()
 
 
-def chunk_steps(steps: int, batch: int, hidden: int, itemsize: int) -> int:
+def chunk_steps(steps: int, batch: int, hidden: int, itemsize: int, backend: str) -> int:
     """Return how many time steps run as one chunk, `steps` at most.
 
-    A chunk's pre-activations [chunk, B, 5H] are the largest buffer of a call, so its length follows from a budget.
+    On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, 5H] are the largest buffer of a call.
+    On a CPU ("torch") its buffers should stay in the caches: about 2^16 units, yet enough rows for the products that
+    make the weights' gradients, and few enough steps that preparing them costs little.
     """
     if (chunk := _pins.get().chunk) is not None:
         return min(steps, chunk)
+    if backend == "torch":
+        return min(steps, 64, max(8, 256 // batch, 2**16 // (batch * hidden)))
     return min(steps, max(16, CHUNK_BYTES // (batch * hidden * 5 * itemsize)))
 
 
-CHUNK_BYTES = 2**25
-"""Budget for the pre-activations of one chunk."""
+CHUNK_BYTES = 2**26
+"""Budget for the pre-activations of one chunk on a GPU: a few hundred steps at usual sizes."""
 
 
 def plan(
