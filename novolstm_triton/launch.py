@@ -353,7 +353,8 @@ def _recompute_states(
         for kernel in (statistics_kernel, cell_states_kernel)
     ]
     with _on(z.device):
-        statistics_kernel[(rows,)](z, stats, rows, eps, **constants[0])
+        warps = min(16, max(1, constants[0]["BLOCK_ROW"] // 256))
+        statistics_kernel[(rows,)](z, stats, rows, eps, **constants[0], num_warps=warps)
         grid = (batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
         cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, c.shape[0] - 1, *walk, **constants[1])
 

@@ -7,8 +7,10 @@ modelled time per step is least. No device is needed to plan, and nothing is mea
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -210,15 +212,16 @@ def _kernel_plan(
 ) -> KernelPlan:
     _check_pins(hidden, device, pins)
     candidates, least_smem = [], None
-    for slices, units, block_n in _slicings(hidden, device, pins):
-        for resident in (True, False) if pins.resident is None else (pins.resident,):
-            for block_b in (16, 32, 64) if pins.block_b is None else (pins.block_b,):
-                candidate = _candidate(
-                    hidden, batch, itemsize, device, recurrent, pins, slices, units, block_n, resident, block_b, backward
-                )
-                least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
-                if candidate.smem_bytes <= device.smem_bytes:
-                    candidates.append(candidate)
+    residencies = (True, False) if pins.resident is None else (pins.resident,)
+    blocks_b = (16, 32, 64) if pins.block_b is None else (pins.block_b,)
+    for slicing, resident, block_b in itertools.product(_slicings(hidden, device, pins), residencies, blocks_b):
+        for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
+            tile = (block_b, slicing.block_n, block_k, num_stages)
+            candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward)
+            least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
+            if candidate.smem_bytes <= device.smem_bytes:
+                candidates.append(candidate)
+                break
     if not candidates:
         raise ValueError(
             f"no plan for hidden={hidden} fits {device.name}: the least shared memory under the pins is {least_smem} "
@@ -246,42 +249,74 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
         )
 
 
-def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[tuple[int, int, int]]:
-    """Yield (slices, units, block_n) that the pins and the device's residency allow."""
+class _Slicing(NamedTuple):
+    """How the units are shared out."""
+
+    slices: int
+    units: int
+    block_n: int
+
+
+def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[_Slicing]:
+    """Yield what the pins and the device's residency allow."""
     if pins.slices is not None:
         units = -(-hidden // pins.slices)
-        yield pins.slices, units, _tile(units)
+        yield _Slicing(pins.slices, units, _tile(units))
         return
     if pins.exchange != "barrier":
-        yield 1, hidden, _tile(hidden)
+        yield _Slicing(1, hidden, _tile(hidden))
     if pins.exchange != "none":
-        for block_n in (16, 32, 64, 128):
+        for block_n in (16, 32, 64, 128, 256):
             slices = -(-hidden // block_n)
             if 1 < slices <= device.multiprocessors:
-                yield slices, block_n, block_n
+                yield _Slicing(slices, block_n, block_n)
         if pins.exchange == "barrier" and hidden <= 16:
-            yield 2, -(-hidden // 2), 16
+            yield _Slicing(2, -(-hidden // 2), 16)
+
+
+def _loops_k(
+    hidden: int, itemsize: int, slicing: _Slicing, resident: bool, backward: bool, pins: Pins
+) -> Iterator[tuple[int, int]]:
+    """Yield (block_k, num_stages), the best first; later ones take less shared memory."""
+    if resident and pins.block_k is not None:
+        yield pins.block_k, 1
+    elif resident and slicing.slices == 1:
+        # One tile that is h itself: it stays in registers.
+        yield slicing.block_n, 1
+    elif resident:
+        yield _block_k(hidden, (512 if backward and slicing.block_n > 16 else 256) // itemsize), 1
+    else:
+        sizes = (128 // itemsize, 64 // itemsize, 16) if pins.block_k is None else (pins.block_k,)
+        yield from ((size, stages) for size, stages in itertools.product(sizes, (3, 2, 1)) if size >= 16)
 
 
 def _candidate(
-    hidden, batch, itemsize, device, recurrent, pins, slices, units, block_n, resident, block_b, backward
+    hidden: int,
+    batch: int,
+    itemsize: int,
+    device: Device,
+    recurrent: int,
+    slicing: _Slicing,
+    tile: tuple[int, int, int, int],
+    resident: bool,
+    backward: bool,
 ) -> KernelPlan:
-    local = resident and slices == 1 and pins.block_k is None
-    largest_k = (512 if resident and backward and block_n > 16 else 256 if resident else 128) // itemsize
-    block_k = pins.block_k or (block_n if local else _block_k(hidden, largest_k))
+    (slices, units, _), (block_b, block_n, block_k, num_stages) = slicing, tile
     padded_k = -(-hidden // block_k) * block_k
+    local = resident and slices == 1 and block_k == block_n
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
     # Fewest that keep every register on chip, as the compile report shows.
     num_warps = 8 if elements > 512 or (backward and block_n == 16) else 4
-    num_stages = 1 if resident else 3
 
     weight_bytes = recurrent * padded_k * block_n * itemsize
     # Scratch for layout changes and reductions, fitted from above to what the compiler reports.
     scratch = 4096 + block_b * block_k * itemsize + 8 * elements
     if not resident:
-        scratch += num_stages * (recurrent * block_k * block_n + block_b * block_k) * itemsize
+        # Forward multiplies a tile of h by all gates' weights at once, backward takes gate by gate.
+        tiles_in_flight = block_k * block_n * (1 if backward else recurrent)
+        scratch += num_stages * (tiles_in_flight + block_b * block_k) * itemsize
     smem_bytes = scratch + (weight_bytes if resident else 0)
 
     rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)

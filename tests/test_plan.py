@@ -1,0 +1,152 @@
+"""The plan is pure, stays within its device, and honours pins or says why not."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from novolstm_triton import plan
+from novolstm_triton.functional import novolstm
+
+from .problems import Problem
+
+DEVICES = [plan.H100, plan.H200, plan.B200, plan.A100, plan.RTX_4090, plan.MI300X, plan.INTERPRETER]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def kernel_plans(hidden, batch, dtype, device, **options):
+    both = plan.plan(hidden, batch, dtype, device, **options)
+    return [both.forward, both.backward]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+@given(
+    hidden=st.integers(1, 8192),
+    batch=st.integers(1, 5000),
+    dtype=st.sampled_from(DTYPES),
+    recurrent=st.sampled_from([4, 5]),
+)
+def test_stays_within_the_device(device, hidden, batch, dtype, recurrent):
+    for p in kernel_plans(hidden, batch, dtype, device, recurrent=recurrent):
+        assert p.smem_bytes <= device.smem_bytes
+        assert p.slices == 1 or p.slices * p.tiles_per_launch <= device.multiprocessors
+        assert (p.exchange == "none") == (p.slices == 1)
+        # Every unit and every row has a program, and every tile is one that tl.dot takes.
+        assert (p.slices - 1) * p.units < hidden <= p.slices * p.units
+        assert p.units <= p.block_n
+        assert 1 <= p.tiles_per_launch <= p.tiles == -(-batch // p.block_b)
+        for size in (p.block_b, p.block_n, p.block_k):
+            assert size >= 16
+            assert size & (size - 1) == 0
+
+
+def test_is_pure_and_frozen():
+    first, second = (plan.plan(512, 16, torch.bfloat16, plan.H100) for _ in range(2))
+    assert first == second
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.forward.slices = 2
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden", "dtype", "slices", "resident"),
+    [
+        pytest.param(plan.H100, 128, torch.bfloat16, 1, True, id="H100-128-one-slice"),
+        pytest.param(plan.H200, 512, torch.bfloat16, 16, True, id="H200-512"),
+        pytest.param(plan.H100, 1024, torch.bfloat16, 64, True, id="H100-1024"),
+        pytest.param(plan.A100, 128, torch.bfloat16, 4, True, id="A100-128-does-not-fit-one"),
+        pytest.param(plan.A100, 1024, torch.bfloat16, 64, False, id="A100-1024-streams"),
+        pytest.param(plan.H100, 2048, torch.bfloat16, None, False, id="H100-2048-streams"),
+        pytest.param(plan.H100, 4096, torch.bfloat16, None, False, id="H100-4096-streams"),
+        pytest.param(plan.RTX_4090, 512, torch.bfloat16, 32, True, id="4090-512"),
+        pytest.param(plan.INTERPRETER, 1000, torch.float32, 1, True, id="interpreter"),
+    ],
+)
+def test_known_choices(device, hidden, dtype, slices, resident):
+    p = plan.plan(hidden, 16, dtype, device).forward
+    assert slices is None or p.slices == slices
+    assert p.resident is resident
+
+
+def test_hidden_beyond_the_device_names_limit_and_value():
+    with pytest.raises(ValueError, match=r"no plan for hidden=100000 fits RTX 4090: .* the limit 101376"):
+        plan.plan(100_000, 1, torch.float32, plan.RTX_4090)
+
+
+def test_large_batch_runs_in_successive_launches():
+    p = plan.plan(1024, 4096, torch.bfloat16, plan.H100).forward
+    assert p.tiles > p.tiles_per_launch
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+@pytest.mark.parametrize("hidden", [8, 64, 100, 257])
+def test_pins_are_honoured(hidden, slices):
+    with plan.forced(slices=slices, block_b=32, block_k=16, resident=False):
+        for p in kernel_plans(hidden, 40, torch.bfloat16, plan.H100):
+            assert (p.slices, p.block_b, p.block_k, p.resident) == (slices, 32, 16, False)
+
+
+def test_pins_nest_and_end():
+    with plan.forced(slices=4):
+        with plan.forced(block_b=32):
+            assert plan.pinned() == plan.Pins(slices=4, block_b=32)
+        assert plan.pinned() == plan.Pins(slices=4)
+    assert plan.pinned() == plan.Pins()
+
+
+@pytest.mark.parametrize("exchange", plan.EXCHANGES)
+@pytest.mark.parametrize("hidden", [8, 64])
+def test_exchange_pin(exchange, hidden):
+    with plan.forced(exchange=exchange):
+        for p in kernel_plans(hidden, 4, torch.bfloat16, plan.H100):
+            assert p.exchange == exchange
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        pytest.param(dict(slices=0), "slices: expected at least 1, got 0", id="slices-0"),
+        pytest.param(dict(chunk=-1), "chunk: expected at least 1, got -1", id="chunk"),
+        pytest.param(dict(block_b=24), "block_b: expected a power of two of at least 16, got 24", id="block_b"),
+        pytest.param(dict(block_k=8), "block_k: expected a power of two of at least 16, got 8", id="block_k"),
+        pytest.param(dict(exchange="pigeon"), "exchange: expected one of .*barrier.*, got 'pigeon'", id="exchange"),
+    ],
+)
+def test_pins_that_no_plan_can_have(pins, message):
+    with pytest.raises(ValueError, match=message), plan.forced(**pins):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pins", "hidden", "device", "message"),
+    [
+        pytest.param(dict(slices=9), 8, plan.H100, "slices=9: .* hidden=8", id="more-slices-than-units"),
+        pytest.param(dict(slices=200), 512, plan.H100, "slices=200: .* H100 holds 132", id="more-than-resident"),
+        pytest.param(dict(slices=2, exchange="none"), 64, plan.H100, "slices=2 needs 'barrier'", id="no-exchange"),
+        pytest.param(dict(slices=1, exchange="barrier"), 64, plan.H100, "slices=1 needs 'none'", id="one-slice"),
+        pytest.param(dict(exchange="barrier"), 1, plan.H100, "needs two slices: hidden=1", id="barrier-of-one"),
+        pytest.param(
+            dict(slices=1, resident=True), 1024, plan.H100, r"least shared memory .* \d+ bytes, the limit 232448", id="smem"
+        ),
+        pytest.param(dict(slices=2), 64, plan.INTERPRETER, "interpreter holds 1", id="interpreter"),
+    ],
+)
+def test_impossible_pins_name_limit_and_value(pins, hidden, device, message):
+    with plan.forced(**pins), pytest.raises(ValueError, match=message):
+        plan.plan(hidden, 16, torch.bfloat16, device)
+
+
+def test_impossible_pin_stops_the_call_before_anything_runs():
+    inputs, _, _ = Problem(steps=2, batch=2, hidden=4).draw()
+    with plan.forced(slices=2), pytest.raises(ValueError, match="interpreter holds 1"):
+        novolstm(*(a.float() for a in inputs), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_chunk_is_within_the_sequence(backend):
+    assert plan.chunk_steps(5, 64, 512, 2, backend) == 5
+    with plan.forced(chunk=3):
+        assert plan.chunk_steps(5, 64, 512, 2, backend) == 3
+    assert 100 <= plan.chunk_steps(10_000, 64, 512, 2, "triton") <= 500
+    assert plan.chunk_steps(10_000, 1024, 4096, 2, backend) >= 8
