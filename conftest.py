@@ -1,4 +1,4 @@
-"""Keeps the top-level folder `kernels` from hiding the package of that name on the index: the checkout goes last on sys.path."""
+"""Puts the checkout last on sys.path: its folder `kernels` must not hide the package of that name on the index."""
 
 import pathlib
 import sys

@@ -38,7 +38,7 @@ def publish_rows(rows_ptr, values, row, row_mask, slice, slot, batch, SLICES: tl
 
 @triton.jit
 def collect_rows(rows_ptr, values, row, row_mask, slot, batch, SLICES: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Load what all slices have published in `slot`: a tuple of tiles [R, BLOCK_S]. One slice takes its own `values`."""
+    """Load what all slices have published in `slot`: tiles [R, BLOCK_S]. A single slice takes its own `values`."""
     parts = ()
     slices = tl.arange(0, BLOCK_S)
     mask = row_mask[:, None] & (slices < SLICES)[None, :]

@@ -26,7 +26,7 @@ def mean_and_m2(x, count, mask):
 
 @triton.jit
 def merge_mean_and_m2(mean, m2, count, total):
-    """Merge means and M2s [R, S] of S parts of `count` [S] columns each into those of all `total` columns (Chan et al. 1983).
+    """Merge means and M2s [R, S] of parts of `count` [S] columns into those of all `total` columns (Chan et al. 1983).
 
     Unlike Σx² − mean², nothing cancels when the values sit close together.
     """

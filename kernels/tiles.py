@@ -31,7 +31,7 @@ def store_gates(z_ptr, z, place, mask, ORDER: tl.constexpr, HIDDEN: tl.constexpr
 
 @triton.jit
 def load_weight(weight_ptr, gate, source, unit, is_unit, HIDDEN: tl.constexpr, TRANSPOSE: tl.constexpr):
-    """Load the tile [source, unit] of one gate's recurrent weight U [H, H], of Uᵀ with TRANSPOSE; zero outside of it."""
+    """Load the tile [source, unit] of one gate's recurrent weight U [H, H], or of Uᵀ (TRANSPOSE); zero outside it."""
     mask = (source < HIDDEN)[:, None] & is_unit[None, :]
     if TRANSPOSE:
         place = unit[None, :] * HIDDEN + source[:, None]

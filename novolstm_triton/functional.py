@@ -1,4 +1,4 @@
-"""The functional layer: validation, choice of backend, the two custom operators with their fakes, and the autograd function.
+"""The functional layer: validation, choice of backend, the two custom operators and their fakes, the autograd function.
 
 Every backend answers the same question with the same arguments; see `reference.py` for the equations and glossary.
 """
@@ -20,7 +20,7 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 _backend_in_use: contextvars.ContextVar[str | None] = contextvars.ContextVar("novolstm_backend", default=None)
 
-# Modules with forward(…) and backward(…), by backend; imported at first use so that a machine without triton can use the rest.
+# Modules with forward(…) and backward(…), imported at first use: a machine without triton can use the rest.
 _IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.launch"}
 
 _GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
@@ -125,7 +125,7 @@ def novolstm(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return reference.novolstm(
-                *arguments, lengths, eps=eps, gate_gain=float(gate_gain), variant=variant, reverse=reverse
+                *arguments, lengths=lengths, eps=eps, gate_gain=float(gate_gain), variant=variant, reverse=reverse
             )
         if backend == "triton":
             _check_triton(arguments[0])
@@ -134,7 +134,10 @@ def novolstm(
 
 
 class NovoLSTMFunction(torch.autograd.Function):
-    """Autograd over the two operators. Arguments: the tensors of `novolstm` in its order, lengths, then eps, gate_gain, variant, reverse, backend."""
+    """Autograd over the two operators.
+
+    Arguments: the tensors of `novolstm` in its order, lengths, then eps, gate_gain, variant, reverse, backend.
+    """
 
     @staticmethod
     def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
@@ -214,12 +217,16 @@ def backward_op(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias; an empty tensor for each that `needs` rules out."""
+    """Return the gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias.
+
+    What `needs` rules out is an empty tensor: an operator cannot return None.
+    """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk, needs=needs)
     gradients = implementation.backward(dy, dh_n, dc_n, *inputs, lengths, y, c_border, **options)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    # The operator's schema wants the eight spelled out.
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)  # pyright: ignore[reportReturnType]
 
 
 @backward_op.register_fake

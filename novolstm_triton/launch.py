@@ -43,7 +43,7 @@ def forward(
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     walk = list(_walk(steps, chunk, reverse))
-    state = dict(dtype=torch.float32, device=x.device)
+    state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     y = x.new_empty(steps, batch, hidden)
     # c before every chunk, and in the last place after all of them.
@@ -120,7 +120,7 @@ def backward(
     dy = dy.contiguous()
     needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
     walk = list(_walk(steps, chunk, reverse))
-    fp32 = dict(dtype=torch.float32, device=x.device)
+    fp32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     # One chunk's workspace, used again by every chunk.
     chunk_rows = min(steps, chunk) * batch
@@ -276,7 +276,9 @@ def compile_options(kernel_plan: KernelPlan) -> dict[str, Any]:
     return options
 
 
-def _launch(kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device: torch.device, *args, **constants) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, int], kernel_plan: KernelPlan, device: torch.device, *args, **constants
+) -> None:
     options = compile_options(kernel_plan)
     if kernel_plan.slices > 1:
         # Programs that wait for each other: the driver refuses the launch rather than let it hang.
@@ -320,10 +322,8 @@ def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:
     return x.masked_fill((t >= lengths).unsqueeze(2), 0)
 
 
-def _previous_h(
-    y: Tensor, h_0: Tensor, lengths: Tensor | None, start: int, stop: int, reverse: bool
-) -> Tensor:
-    """Return [stop − start, B, H], the h that each step of the chunk started from. y holds it, but for a row's first step."""
+def _previous_h(y: Tensor, h_0: Tensor, lengths: Tensor | None, start: int, stop: int, reverse: bool) -> Tensor:
+    """Return [stop − start, B, H], the h that each step of the chunk started from: y, but for a row's first step."""
     if reverse:
         previous = y[start + 1 : stop + 1]
         if stop == y.shape[0]:
@@ -353,14 +353,14 @@ def _recompute_states(
         for kernel in (statistics_kernel, cell_states_kernel)
     ]
     with _on(z.device):
-        warps = min(16, max(1, constants[0]["BLOCK_ROW"] // 256))
-        statistics_kernel[(rows,)](z, stats, rows, eps, **constants[0], num_warps=warps)
+        constants[0]["num_warps"] = min(16, max(1, constants[0]["BLOCK_ROW"] // 256))
+        statistics_kernel[(rows,)](z, stats, rows, eps, **constants[0])
         grid = (batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
         cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, c.shape[0] - 1, *walk, **constants[1])
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:
-    """total += dzᵀ inputs, in fp32 from operands [rows, ·] of any dtype."""
+    """Add dzᵀ inputs to total, in fp32 from operands [rows, ·] of any dtype."""
     if dz.dtype == torch.float32:
         total.addmm_(dz.t(), inputs)
     elif dz.is_cuda:

@@ -1,4 +1,4 @@
-"""NovoLSTM as a module with nn.LSTM's constructor and call: parameters, initialisation, layers and directions. No math."""
+"""NovoLSTM as a module with nn.LSTM's constructor and call: parameters, initialisation, layers, directions. No math."""
 
 import math
 import numbers

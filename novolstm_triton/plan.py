@@ -196,7 +196,7 @@ def plan(
     )
 
 
-# Published microbenchmarks of H100 and A100, in clocks, bytes per clock and multiprocessor, and µs; they only rank plans.
+# Published microbenchmarks of H100 and A100: clocks, bytes per clock and multiprocessor, µs. They only rank plans.
 _CLOCKS_PER_US = 1980.0
 _SMEM_BYTES_PER_CLOCK = 128.0
 _L2_BYTES_PER_CLOCK = 38.0
@@ -321,7 +321,7 @@ def _candidate(
 
     rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)
     read = weight_bytes / (_SMEM_BYTES_PER_CLOCK if resident else _L2_BYTES_PER_CLOCK)
-    # Products that feed each other get their warps along the longer side of the tile; on a shorter one they repeat work.
+    # Products that feed each other get their warps along the longer side of the tile; on a shorter one work repeats.
     busy = min(4, num_warps, block_n // 8 if block_n > block_b else block_b // 16)
     multiply = 2 * recurrent * block_b * padded_k * block_n / (_FLOPS_PER_CLOCK * busy / 4)
     step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
@@ -354,6 +354,6 @@ def _tile(units: int) -> int:
 
 
 def _block_k(hidden: int, largest: int) -> int:
-    """Return the largest K tile up to `largest` that pads H little; small ones cost instructions, large ones registers."""
+    """Return the largest K tile ≤ `largest` that pads H little; small ones cost instructions, big ones registers."""
     sizes = [size for size in (16, 32, 64, 128, 256) if size <= largest]
     return max(sizes, key=lambda size: (-math.ceil(-(-hidden // size) * size / hidden * 8), size))

@@ -85,7 +85,7 @@ def errors(result: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tup
 
 
 FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-"""Error that is allowed on top of twice the eager error, relative to an array's largest magnitude: about two roundings."""
+"""Error allowed on top of twice the eager error, relative to an array's largest magnitude: about two roundings."""
 
 
 def assert_as_exact_as_eager(

@@ -105,6 +105,7 @@ def test_repeats_bit_for_bit_under_different_schedules(slices):
 def test_padding_may_hold_anything(reverse):
     problem = Problem(steps=5, batch=6, hidden=8, lengths=True, reverse=reverse)
     inputs, lengths, grads = problem.draw()
+    assert lengths is not None
     poisoned = inputs[0].clone()
     poisoned[torch.arange(5).unsqueeze(1) >= lengths] = float("nan")
     results = []
