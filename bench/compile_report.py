@@ -92,6 +92,22 @@ def weight_loads_in_loop(ttgir: str) -> int:
     return loads
 
 
+def releases_before_barrier(ptx: str) -> int:
+    """Count releases that a thread may reach while another thread's stores to global memory are still under way.
+
+    A release orders the stores of its own thread, and those of others only through a barrier in between.
+    """
+    pending, count = False, 0
+    for line in ptx.splitlines():
+        if "st.global" in line:
+            pending = True
+        elif "bar.sync" in line:
+            pending = False
+        elif ".release." in line and pending:
+            count += 1
+    return count
+
+
 def _type(name: str, dtype: str, constants: dict) -> str:
     if name in constants:
         return "constexpr"
@@ -114,11 +130,15 @@ def _resources(compiled, device: planning.Device) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
     # The kernels have no arrays of their own, so a stack frame holds spilled registers and nothing else.
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        barriers=compiled.asm["ptx"].count("bar.sync"),
+        barriers=ptx.count("bar.sync"),
+        releases=len(re.findall(r"(?:atom|red)\.[\w.]*release", ptx)),
+        acquires=len(re.findall(r"(?:atom|ld)\.[\w.]*acquire", ptx)),
+        releases_before_barrier=releases_before_barrier(ptx),
     )
 
 

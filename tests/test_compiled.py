@@ -1,0 +1,79 @@
+"""What real compilers make of the kernels, on a machine without a GPU: bench/compile_report.py run as a user would."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPORT = pathlib.Path(__file__).parent.parent / "bench" / "compile_report.py"
+
+
+def report(path: pathlib.Path, *arguments: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(REPORT), *arguments, "--json", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    """The recurrent kernels of bf16 layers up to H = 1024."""
+    path = tmp_path_factory.mktemp("report") / "recurrent.json"
+    sizes = ["--arch", "sm_80", "sm_90", "--hidden", "64", "128", "256", "512", "1024", "--batch", "16", "64"]
+    rows = report(path, *sizes, "--kernel", "forward_kernel", "backward_kernel")
+    assert len(rows) == 40
+    return rows
+
+
+def name(row: dict) -> str:
+    return f"{row['kernel']} {row['arch']} H={row['hidden']} B={row['batch']}"
+
+
+def test_no_register_is_spilled(recurrent):
+    assert {name(row): row["spill_bytes"] for row in recurrent if row["spill_bytes"]} == {}
+
+
+def test_shared_memory_is_within_plan_and_device(recurrent):
+    for row in recurrent:
+        assert row["shared_bytes"] <= row["planned_bytes"] <= row["device_bytes"], name(row)
+
+
+def test_resident_weights_are_loaded_outside_the_time_loop(recurrent):
+    resident = [row for row in recurrent if row["resident"]]
+    assert len(resident) >= 30
+    assert {name(row): row["weight_loads_in_loop"] for row in resident if row["weight_loads_in_loop"]} == {}
+    # The count would see them: streamed weights are loaded inside.
+    streamed = [row for row in recurrent if not row["resident"]]
+    assert streamed
+    assert all(row["weight_loads_in_loop"] >= 4 for row in streamed)
+
+
+def test_programs_that_share_a_tile_release_and_acquire(recurrent):
+    for row in recurrent:
+        expected = 0 if row["slices"] == 1 else 2
+        assert (row["releases"], row["acquires"]) == (expected, expected), name(row)
+        assert row["releases_before_barrier"] == 0, name(row)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--arch", "sm_90", "--dtype", "fp32"], id="fp32"),
+        pytest.param(["--arch", "sm_90", "--variant", "notebook", "--lengths", "--dtype", "fp16"], id="notebook-lengths"),
+        pytest.param(["--arch", "sm_100", "gfx942"], id="sm_100-gfx942"),
+    ],
+)
+def test_all_kernels_compile(tmp_path, arguments):
+    rows = report(tmp_path / "report.json", "--hidden", "100", "256", "--batch", "16", *arguments)
+    assert {row["kernel"] for row in rows} == {
+        "forward_kernel",
+        "backward_kernel",
+        "statistics_kernel",
+        "cell_states_kernel",
+    }
+    for row in rows:
+        assert row["shared_bytes"] <= row["device_bytes"], name(row)
