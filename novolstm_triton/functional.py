@@ -111,9 +111,12 @@ def novolstm(
     """
     if variant not in reference.RECURRENT_GATES:
         raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {variant!r}")
-    if bias is None:
-        bias = torch.zeros(weight_ih.shape[0], dtype=weight_ih.dtype, device=weight_ih.device)
+    if bias is None and isinstance(weight_ih, Tensor):
+        bias = weight_ih.new_zeros(weight_ih.shape[0])
     arguments = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    for name, argument in zip(_GRADIENTS, arguments, strict=True):
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
@@ -249,8 +252,6 @@ def _check_backend_name(name: str, where: str) -> None:
 def _check_tensors(arguments: tuple[Tensor, ...], variant: str) -> None:
     x, h_0 = arguments[:2]
     for name, tensor in zip(_GRADIENTS, arguments, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.dtype != x.dtype:
