@@ -42,6 +42,7 @@ def forward(
     constants = kernel_constants(forward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     walk = list(_walk(steps, chunk, reverse))
     state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
@@ -117,6 +118,7 @@ def backward(
     constants = kernel_constants(backward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     dy = dy.contiguous()
     needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
     walk = list(_walk(steps, chunk, reverse))
@@ -245,7 +247,8 @@ def _device(device: torch.device) -> planning.Device:
         backend="hip" if hip else "cuda",
         arch=properties.gcnArchName.split(":")[0] if hip else properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        smem_bytes=properties.shared_memory_per_block_optin,
+        # PyTorch names it differently on CUDA and HIP; this is also the limit that Triton holds a kernel to.
+        smem_bytes=triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"],
         warp_size=properties.warp_size,
     )
 
