@@ -18,9 +18,10 @@ def statistics_kernel(
     GATES: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """Compute the cell's row statistics from pre-activations; a program owns one row (t, b), whole.
+    """Compute the cell's row statistics from pre-activations; a program owns BLOCK_R rows (t, b), whole.
 
     Args:
         z_ptr: [rows, GATES·H] pre-activations.
@@ -28,17 +29,20 @@ def statistics_kernel(
         rows: steps of the chunk times B.
         eps: ε of the layer normalisation.
     """
-    row = tl.cast(tl.program_id(0), tl.int64)
+    row_first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R
+    row = tl.arange(0, BLOCK_R)
     unit = tl.arange(0, BLOCK_ROW)[None, :]
+    inside = row_first + row < rows
     is_unit = unit < HIDDEN
-    z = load_gates(z_ptr + row * (GATES * HIDDEN), unit, is_unit, GATES, HIDDEN)
+    place = row[:, None] * (GATES * HIDDEN) + unit
+    z = load_gates(z_ptr + row_first * (GATES * HIDDEN), place, inside[:, None] & is_unit, GATES, HIDDEN)
     own = partials(z, HIDDEN * 1.0, is_unit)
     parts = ()
     for k in tl.static_range(len(own)):
         parts = parts + (own[k][:, None],)
     stats = merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
     for k in tl.static_range(STATS):
-        tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row + tl.arange(0, 1), stats[k])
+        tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row_first + row, stats[k], mask=inside)
 
 
 @triton.jit(

@@ -223,6 +223,7 @@ def kernel_constants(
         BLOCK_K=kernel_plan.block_k,
         BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
         BLOCK_ROW=triton.next_power_of_2(hidden),
+        BLOCK_R=max(1, 1024 // triton.next_power_of_2(hidden)),
         BLOCK_H=min(256, triton.next_power_of_2(hidden)),
         RESIDENT=kernel_plan.resident,
         HAS_LENGTHS=has_lengths,
