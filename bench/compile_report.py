@@ -44,7 +44,9 @@ _IN_INT32 = {"lengths_ptr", "counter_ptr"}
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
-def compile_kernel(kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool) -> dict:
+def compile_kernel(
+    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool
+) -> dict:
     """Compile one kernel as `launch.py` would launch it and return its row of the report."""
     kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
     plans = planning.plan(hidden, batch, DTYPES[dtype], device, recurrent=cell.recurrent)

@@ -113,10 +113,12 @@ def novolstm(
         raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {variant!r}")
     if bias is None and isinstance(weight_ih, Tensor):
         bias = weight_ih.new_zeros(weight_ih.shape[0])
-    arguments = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
-    for name, argument in zip(_GRADIENTS, arguments, strict=True):
+    tensors: list[Tensor] = []
+    for name, argument in zip(_GRADIENTS, (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), strict=True):
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
+        tensors.append(argument)
+    arguments = tuple(tensors)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)

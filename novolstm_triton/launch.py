@@ -39,7 +39,7 @@ def forward(
     cell = CELLS[variant]
     (steps, batch, _), hidden = x.shape, h_0.shape[1]
     kernel_plan = launch_plan(x, hidden, cell).forward
-    constants = kernel_constants(forward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
+    constants = kernel_constants(forward_kernel, cell, hidden, kernel_plan, lengths is not None, product_precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
@@ -115,7 +115,7 @@ def backward(
     cell = CELLS[variant]
     (steps, batch, features), hidden = x.shape, h_0.shape[1]
     kernel_plan = launch_plan(x, hidden, cell).backward
-    constants = kernel_constants(backward_kernel, cell, hidden, kernel_plan, lengths is not None, _precision(x))
+    constants = kernel_constants(backward_kernel, cell, hidden, kernel_plan, lengths is not None, product_precision(x))
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
@@ -243,13 +243,14 @@ def _device(device: torch.device) -> planning.Device:
         return planning.INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
+    driver: Any = triton.runtime.driver.active
     return planning.Device(
         name=properties.name,
         backend="hip" if hip else "cuda",
         arch=properties.gcnArchName.split(":")[0] if hip else properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
         # PyTorch names it differently on CUDA and HIP; this is also the limit that Triton holds a kernel to.
-        smem_bytes=triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"],
+        smem_bytes=driver.utils.get_device_properties(device.index)["max_shared_mem"],
         warp_size=properties.warp_size,
     )
 
@@ -296,7 +297,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _precision(x: Tensor) -> str:
+def product_precision(x: Tensor) -> str:
     """Return tl.dot's input precision: fp32 honours torch.get_float32_matmul_precision(), 16-bit dtypes need none."""
     if x.dtype != torch.float32:
         return "ieee"

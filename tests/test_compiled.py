@@ -63,7 +63,9 @@ def test_programs_that_share_a_tile_release_and_acquire(recurrent):
     "arguments",
     [
         pytest.param(["--arch", "sm_90", "--dtype", "fp32"], id="fp32"),
-        pytest.param(["--arch", "sm_90", "--variant", "notebook", "--lengths", "--dtype", "fp16"], id="notebook-lengths"),
+        pytest.param(
+            ["--arch", "sm_90", "--variant", "notebook", "--lengths", "--dtype", "fp16"], id="notebook-lengths"
+        ),
         pytest.param(["--arch", "sm_100", "gfx942"], id="sm_100-gfx942"),
     ],
 )

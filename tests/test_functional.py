@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from novolstm_triton import functional, plan, use_backend
+from novolstm_triton import functional, launch, plan, use_backend
 from novolstm_triton.functional import novolstm, resolve_backend
 
 from .cooperative import cooperative
@@ -39,12 +39,12 @@ def test_call_outranks_context_outranks_environment(monkeypatch):
 
 
 def test_unknown_backends(monkeypatch):
-    with pytest.raises(ValueError, match="backend: expected one of .*, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, got 'cuda'"):
         novolstm(**arguments(), backend="cuda")
     with pytest.raises(ValueError, match="use_backend: expected one of"), use_backend("cuda"):
         pass
     monkeypatch.setenv("NOVOLSTM_BACKEND", "fast")
-    with pytest.raises(ValueError, match="NOVOLSTM_BACKEND: expected one of .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"NOVOLSTM_BACKEND: expected one of .*, got 'fast'"):
         novolstm(**arguments())
 
 
@@ -62,7 +62,9 @@ def test_triton_on_a_cpu_tensor_never_falls_back(monkeypatch):
         pytest.param(dict(x=torch.zeros(0, 2, 3)), ValueError, "at least one step", id="no-steps"),
         pytest.param(dict(x=torch.zeros(3, 2, 3).long()), TypeError, "x: expected a floating dtype", id="integer"),
         pytest.param(dict(x=[1.0]), TypeError, "x: expected a Tensor, got list", id="list"),
-        pytest.param(dict(c_0=torch.zeros(3, 4)), ValueError, r"c_0: expected shape \[2, 4\], got \[3, 4\]", id="state"),
+        pytest.param(
+            dict(c_0=torch.zeros(3, 4)), ValueError, r"c_0: expected shape \[2, 4\], got \[3, 4\]", id="state"
+        ),
         pytest.param(dict(h_0=torch.zeros(2, 4).double()), TypeError, "h_0: expected the dtype of x", id="dtype"),
         pytest.param(dict(bias=torch.zeros(19)), ValueError, r"bias: expected shape \[20\], got \[19\]", id="bias"),
         pytest.param(dict(weight_hh=torch.zeros(16, 4)), ValueError, "weight_hh: expected shape .20, 4.", id="blocks"),
@@ -145,7 +147,8 @@ def test_nothing_is_kept_without_grad(backend):
 
 
 def test_import_is_light():
-    code = "import sys, novolstm_triton; print(sorted({'triton', 'matplotlib', 'typer', 'numpy.testing'} & set(sys.modules)))"
+    heavy = {"triton", "matplotlib", "typer", "numpy.testing"}
+    code = f"import sys, novolstm_triton; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "typer" not in run.stdout
     assert "matplotlib" not in run.stdout
@@ -157,3 +160,21 @@ def test_pins_reach_the_torch_backend():
     with plan.forced(chunk=2):
         parts = novolstm(**given, backend="torch")
     assert errors({"y": parts[0]}, {"y": whole[0]})["y"][0] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "expected"),
+    [
+        pytest.param("highest", torch.float32, "ieee", id="fp32-highest"),
+        pytest.param("high", torch.float32, "tf32", id="fp32-high"),
+        pytest.param("medium", torch.float32, "tf32", id="fp32-medium"),
+        pytest.param("medium", torch.bfloat16, "ieee", id="bf16"),
+    ],
+)
+def test_float32_products_follow_the_matmul_precision(setting, dtype, expected):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert launch.product_precision(torch.zeros(1, dtype=dtype)) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -22,7 +22,7 @@ def tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_tanh_keeps_its_relative_precision_near_zero():
-    """With the plain formula's gate of O(1/H) c is small, and a tanh good to an absolute error would lose its digits."""
+    """With a gate of O(1/H) c is small, and a tanh that is good to an absolute error would lose its digits."""
     magnitudes = torch.logspace(-30, 2, 2047)
     x = torch.cat([magnitudes, -magnitudes, torch.zeros(2)])
     y = torch.full_like(x, float("nan"))
@@ -34,7 +34,7 @@ def test_tanh_keeps_its_relative_precision_near_zero():
 
 @triton.jit
 def statistics_kernel(x_ptr, out_ptr, UNITS: tl.constexpr, SLICES: tl.constexpr, N: tl.constexpr):
-    """Merge the statistics of one row of UNITS values, cut into SLICES parts of which the last may be short or empty."""
+    """Merge the statistics of one row of UNITS values in SLICES parts, of which the last may be short or empty."""
     rows = tl.arange(0, SLICES)
     place = rows[:, None] * N + tl.arange(0, N)[None, :]
     mask = place < UNITS

@@ -70,7 +70,9 @@ def test_layers_and_directions_are_the_functional_layer_composed():
     for number in range(2):
         results = []
         for suffix in (f"_l{number}", f"_l{number}_reverse"):
-            p = {name: module.get_parameter(name + suffix) for name in ("weight_ih", "weight_hh", "ln_weight", "ln_bias")}
+            p = {
+                name: module.get_parameter(name + suffix) for name in ("weight_ih", "weight_hh", "ln_weight", "ln_bias")
+            }
             bias = module.get_parameter("bias_ih" + suffix) + module.get_parameter("bias_hh" + suffix)
             options = dict(bias=bias, lengths=lengths, reverse="reverse" in suffix)
             results.append(novolstm(outputs, h_0[k], c_0[k], **p, **options, backend="reference"))

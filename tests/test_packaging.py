@@ -1,0 +1,111 @@
+"""What is installed, and what an import of it brings along."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+
+# The whole of the CPU path, in a process that has no triton.
+USE_WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+before = set(sys.modules)
+import novolstm_triton
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert new.isdisjoint({"typer", "matplotlib", "numpy", "tqdm", "safetensors"}), new
+layer = novolstm_triton.NovoLSTM(3, 4)
+layer(torch.randn(5, 2, 3))[0].sum().backward()
+assert layer.weight_hh_l0.grad.abs().sum() > 0
+print(novolstm_triton.__file__)
+"""
+
+
+def python(code: str, cwd: pathlib.Path, path: pathlib.Path | None = None) -> subprocess.CompletedProcess:
+    """Run code in a fresh interpreter, with `path` first on its module path."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    """Return a copy of the checkout, for builds to write to."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "novolstm-run*")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    result = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_kernels_inside_the_package_only(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"novolstm_triton"}
+    installed = sorted(name.split("/")[-1] for name in names if name.startswith("novolstm_triton/kernels/"))
+    assert installed == sorted([*KERNELS, "README.md"])
+    assert "novolstm_triton/py.typed" in names
+
+
+def test_sdist_builds_the_same_and_brings_the_tests(source, wheel, tmp_path):
+    code = "import sys; from setuptools import build_meta as b; print(b.build_{}(sys.argv[1]))"
+    build = [sys.executable, "-c", code.format("sdist"), str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / path.name.removesuffix(".tar.gz")
+    for name in ("tests/cooperative.py", "tests/data/README.md", "bench/compile_report.py", "kernels/README.md"):
+        assert (unpacked / name).is_file(), name
+    build = [sys.executable, "-c", code.format("wheel"), str(tmp_path)]
+    subprocess.run(build, cwd=unpacked, check=True, capture_output=True)
+    (rebuilt,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(rebuilt) as one, zipfile.ZipFile(wheel) as other:
+        assert sorted(one.namelist()) == sorted(other.namelist())
+
+
+def test_installed_package_works_without_triton(wheel, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    # From the checkout's root: what is installed comes before what lies there.
+    code = "import sys; sys.path.remove('')\n" + USE_WITHOUT_TRITON
+    result = python(code, ROOT, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert pathlib.Path(result.stdout.strip()) == tmp_path / "novolstm_triton" / "__init__.py"
+
+
+def test_checkout_works_without_triton():
+    result = python(USE_WITHOUT_TRITON, ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_is_no_package_of_its_own():
+    result = python("import kernels", ROOT)
+    assert result.returncode != 0
+    assert "this folder is the package novolstm_triton.kernels and was imported as 'kernels'" in result.stderr
+
+
+def test_triton_asked_for_and_missing_says_so():
+    code = USE_WITHOUT_TRITON + "layer.backend = 'triton'; layer(torch.randn(5, 2, 3))"
+    result = python(code, ROOT)
+    assert result.returncode != 0
+    assert "backend 'triton' needs" in result.stderr
