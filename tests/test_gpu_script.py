@@ -1,0 +1,216 @@
+"""bench/gpu.py without a GPU: its order, clock, files and workers; and all of it once, in the interpreter."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from novolstm_triton import plan
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = load_script()
+
+# Answers each task as the task itself says.
+WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    task = json.loads(line)
+    print(json.dumps({"at": task["name"]}), flush=True)
+    if task.get("hang"):
+        time.sleep(60)
+    if task.get("die"):
+        os._exit(7)
+    if task.get("lost"):
+        print(json.dumps({"lost": "illegal access"}), flush=True)
+    else:
+        results = [{"name": task["name"], "ok": True, "message": "-"}]
+        print(json.dumps({"result": {"results": results, "seconds": 1.5}}), flush=True)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    workers = []
+
+    def start():
+        workers.append(gpu.Worker([sys.executable, "-c", WORKER], tmp_path / "log"))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.kill()
+
+
+def test_core_comes_first_checks_before_timings():
+    tasks = gpu.all_tasks()
+    kinds = [(task["core"], task["kind"]) for task in tasks]
+    assert kinds == sorted(kinds, key=lambda kind: (not kind[0], kind[1] == "rows"))
+    timed = [(task["hidden"], task["batch"]) for task in tasks if task["kind"] == "rows" and task["core"]]
+    assert sorted(timed) == [(h, b) for h in (128, 512, 1024) for b in (16, 64)]
+
+
+def test_every_size_is_timed_in_every_dtype():
+    timed = {
+        (task["hidden"], task["batch"], entry["layer"], entry["dtype"])
+        for task in gpu.all_tasks()
+        if task["kind"] == "rows"
+        for entry in task["entries"]
+    }
+    sizes = [(h, b) for h in (128, 256, 512, 1024) for b in (1, 16, 64, 256)]
+    for layer in ("novolstm", "nn.LSTM"):
+        assert timed >= {(h, b, layer, dtype) for h, b in sizes for dtype in ("bf16", "fp16", "fp32")}
+
+
+def test_names_of_tasks_are_unique():
+    for tasks in (gpu.all_tasks(), gpu.smoke_tasks(), gpu.compilations(gpu.all_tasks())):
+        names = [task["name"] for task in tasks]
+        assert len(set(names)) == len(names)
+
+
+def test_every_pinned_plan_fits_an_h200():
+    tasks = gpu.compilations(gpu.all_tasks())
+    assert {task["dtype"] for task in tasks} == {"bf16", "fp16", "fp32"}
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+    for task in tasks:
+        sizes = task["problem"]["hidden"], task["problem"]["batch"], dtypes[task["dtype"]]
+        with plan.forced(**task["pins"]):
+            kernel_plan = plan.plan(*sizes, plan.H200).forward
+        for name, value in task["pins"].items():
+            assert name == "chunk" or getattr(kernel_plan, name) == value
+
+
+def test_nothing_is_timed_while_others_compile():
+    timing, checking = {"kind": "rows"}, {"kind": "check"}
+    assert gpu.next_task([timing, checking], compiling=True) is checking
+    assert gpu.next_task([timing], compiling=True) is None
+    assert gpu.next_task([timing, checking], compiling=False) is timing
+    assert gpu.next_task([], compiling=False) is None
+
+
+def test_lost_entry_is_left_out_of_the_rest():
+    task = gpu.rows(8, 1, 2, gpu.entry("novolstm", "bf16"), gpu.entry("nn.LSTM", "bf16"))
+    rest = gpu.without_lost(task, "novolstm bf16")
+    assert [entry["layer"] for entry in rest["entries"]] == ["nn.LSTM"]
+    assert gpu.without_lost(rest, "nn.LSTM bf16") is None
+    assert gpu.without_lost(task, "") is None
+    assert gpu.without_lost(gpu.check("exact", 1, 1, 1, "fp32"), "triton") is None
+    (row,) = gpu.failed(task, "silent", "novolstm bf16")
+    assert (row["layer"], row["error"]) == ("novolstm", "silent")
+    assert len(gpu.failed(task, "silent")) == 2
+
+
+def test_slug():
+    assert gpu.slug("NVIDIA H200 (141GB)") == "nvidia-h200-141gb"
+
+
+def test_report_is_valid_json_and_replaced_whole(tmp_path):
+    path = tmp_path / "report.json"
+    gpu.write_json(path, {"old": 1})
+    gpu.write_json(path, {"error": math.nan, "nested": [(math.inf, 1.5)]})
+    assert json.loads(path.read_text()) == {"error": None, "nested": [[None, 1.5]]}
+    with pytest.raises(TypeError):
+        gpu.write_json(path, {"not": object()})
+    assert json.loads(path.read_text())["nested"]
+    assert os.listdir(tmp_path).count("report.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [({"hang": True}, "silent for 1 s"), ({"die": True}, "ended with 7"), ({"lost": True}, "illegal access")],
+    ids=["hangs", "dies", "gives-up"],
+)
+def test_lost_worker_says_what_it_was_at(start, task, reason):
+    worker = start()
+    assert worker.run({"name": "fine"})["results"][0]["ok"]
+    with pytest.raises(gpu.Lost, match=reason) as lost:
+        worker.run({"name": "spinning", **task}, stall_s=1.0)
+    assert lost.value.at == "spinning"
+    assert worker.process.poll() is not None
+
+
+def test_compilers_outlive_a_lost_worker_and_stop_at_once(start):
+    compilers = gpu.Compilers([{"name": "a"}, {"name": "b", "die": True}, {"name": "c"}], 1, start)
+    while compilers.busy():
+        time.sleep(0.01)
+    assert compilers.seconds == {"a": 1.5, "c": 1.5}
+    compilers = gpu.Compilers([{"name": "a", "hang": True}], 2, start)
+    compilers.stop()
+    while compilers.busy():
+        time.sleep(0.01)
+
+
+def test_run_goes_on_after_a_lost_worker(start, tmp_path, capsys):
+    run = gpu.Run(tmp_path, "cuda", 60.0, 1)
+    run.start = start
+    tasks = [gpu.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
+    tasks[1]["die"] = True
+    run._work_off(tasks, gpu.Compilers([], 0, start))
+    assert [check["ok"] for check in json.loads(run.path.read_text())["checks"]] == [True, False, True]
+    assert "ended with 7" in capsys.readouterr().out
+    run.drop()
+
+
+def test_time_ends_between_tasks(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "least_seconds", lambda task: 1.0)
+    run = gpu.Run(tmp_path, "cuda", 30.0, 1)
+    run.start = start
+    tasks = [gpu.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
+    tasks[1]["hang"] = True
+    names = [task["name"] for task in tasks]
+    run.began = time.monotonic() - 28.0
+    run._work_off(tasks, gpu.Compilers([], 0, start))
+    assert [check["name"] for check in run.report["checks"]] == names[:1]
+    assert run.report["unfinished"] == names[1:]
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    # The script chooses for itself whether to interpret.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHON": sys.executable})
+
+
+def test_bad_arguments_and_a_missing_device_exit_with_2(tmp_path):
+    assert run_script().returncode == 2
+    result = run_script(str(tmp_path), "--seconds", "0")
+    assert (result.returncode, "positive" in result.stderr) == (2, True)
+
+
+@pytest.mark.skipif(
+    triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="the interpreter of Triton 3.6 needs NumPy before 2.4",
+)
+def test_whole_script_in_the_interpreter(tmp_path):
+    result = run_script(str(tmp_path), "--device", "cpu", "--seconds", "120")
+    assert result.returncode == 0, result.stdout + result.stderr + (tmp_path / "workers.log").read_text()
+    report = json.loads((tmp_path / "cpu-interpreter.json").read_text())
+    assert report["environment"]["device"] == "cpu-interpreter"
+    assert report["unfinished"] == []
+    assert len(report["checks"]) == 5
+    assert all(check["ok"] and check["error"] <= check["bound"] for check in report["checks"])
+    layers = [row["layer"] for row in report["rows"]]
+    assert layers == ["novolstm", "nn.LSTM", "novolstm", "novolstm", "reference"]
+    for row in report["rows"]:
+        assert row["forward_us_per_step"] > 0
+        assert row["forward_backward_us_per_step"] > 0
+    assert report["rows"][0]["plan"]["forward"]["exchange"] == report["rows"][0]["exchange"] == "none"
