@@ -45,17 +45,20 @@ _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia"
 
 
 def compile_kernel(
-    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool
+    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, exchange: str | None
 ) -> dict:
     """Compile one kernel as `launch.py` would launch it and return its row of the report."""
     kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
-    plans = planning.plan(hidden, batch, DTYPES[dtype], device, recurrent=cell.recurrent)
+    pins = planning.Pins(exchange=exchange)
+    plans = planning.plan(hidden, batch, DTYPES[dtype], device, recurrent=cell.recurrent, pins=pins)
     kernel_plan = plans.forward if kernel is forward_kernel else plans.backward
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
     constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision)
     if not lengths and "lengths_ptr" in kernel.arg_names:
         constants["lengths_ptr"] = None
     signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
+    if constants.get("EXCHANGE") == "words":
+        signature["row_ring_ptr"] = "*i64"
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(kernel.arg_names)
@@ -72,7 +75,7 @@ def compile_kernel(
     if persistent:
         row |= dict(planned_bytes=kernel_plan.smem_bytes, resident=kernel_plan.resident)
         row |= dict(weight_loads_in_loop=weight_loads_in_loop(compiled.asm["ttgir"]))
-        row |= {name: getattr(kernel_plan, name) for name in ("block_b", "block_n", "block_k", "num_warps")}
+        row |= {name: getattr(kernel_plan, name) for name in ("exchange", "block_b", "block_n", "block_k", "num_warps")}
     return row
 
 
@@ -152,6 +155,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--variant", nargs="+", choices=CELLS, default=["formula"])
     parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
+    parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -166,7 +170,7 @@ def main() -> int:
     grid = itertools.product(
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
     )
-    grid = [(*cell, arguments.lengths) for cell in grid]
+    grid = [(*cell, arguments.lengths, arguments.exchange) for cell in grid]
     print(f"triton {triton.__version__}, {len(grid)} kernels")
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.

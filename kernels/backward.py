@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .exchange import arrive, collect_rows, publish_rows, wait
-from .tiles import load_gates, load_weight, store_gates
+from .exchange import arrive, await_blocks, collect_rows, load_block, publish_gates, publish_rows, wait
+from .tiles import load_gates, load_weight, load_weights
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -130,7 +130,8 @@ def multiply_local(
 
 @triton.jit
 def multiply_exchanged(
-    dz_row,
+    dz_ptr,
+    row,
     in_batch,
     weights,
     weight_hh_ptr,
@@ -138,35 +139,39 @@ def multiply_exchanged(
     is_unit,
     dh_prev,
     GATE: tl.constexpr,
+    GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RESIDENT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add dz U of one gate to dh_prev, dz [R, H] as all slices have published it; nothing for a gate without U."""
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
+    STRIDE: tl.constexpr = GATES * HIDDEN
     if GATE < RECURRENT:
+        gate_ptr = dz_ptr + GATE * HIDDEN
         if RESIDENT:
+            if EXCHANGE == "words":
+                dz_blocks = await_blocks(gate_ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
             for k in tl.static_range(BLOCKS):
-                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                dz_place = dz_row + (GATE * HIDDEN + source)[None, :]
-                dz = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
-                dh_prev = tl.dot(dz, weights[GATE * BLOCKS + k], dh_prev, input_precision=PRECISION)
+                if EXCHANGE == "words":
+                    dz = dz_blocks[k]
+                else:
+                    dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
+                dh_prev = tl.dot(dz, weights[k * RECURRENT + GATE], dh_prev, input_precision=PRECISION)
         else:
             for k in range(BLOCKS):
+                dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
                 source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                dz_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                dz_place = dz_row + (GATE * HIDDEN + source)[None, :]
-                dz = tl.load(dz_place, mask=dz_mask, other=0.0, cache_modifier=".cg")
                 weight = load_weight(weight_hh_ptr, GATE, source, unit, is_unit, HIDDEN, False)
                 dh_prev = tl.dot(dz, weight, dh_prev, input_precision=PRECISION)
     return dh_prev
 
 
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "tile_first"],
+    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "step_base", "tile_first"],
     do_not_specialize_on_alignment=["lengths_ptr", "counter_ptr"],
 )
 def backward_kernel(
@@ -190,6 +195,7 @@ def backward_kernel(
     t_last,
     t_step,
     chunk_start,
+    step_base,
     tile_first,
     eps,
     grad_local: tl.constexpr,
@@ -207,6 +213,7 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -225,7 +232,7 @@ def backward_kernel(
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         c_ptr: [steps + 1, B, H] fp32 cell states, in the order of the walk forward.
         dy_ptr: [T, B, H] gradient of the output.
-        row_ring_ptr: [2, B, S, SLICES] fp32, space for the cell's S backward row sums.
+        row_ring_ptr: [2, B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
         dz_ptr: [chunk, B, GATES·H] output, in the order of t.
         dh_ptr: [B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
@@ -237,6 +244,7 @@ def backward_kernel(
         t_last: t of the step that the forward walk took last.
         t_step: the forward walk's step in t, 1 or −1.
         chunk_start: lowest t of the chunk.
+        step_base: steps walked back before this launch.
         tile_first: first batch tile of this launch.
         eps: ε of the layer normalisation.
     """
@@ -252,12 +260,12 @@ def backward_kernel(
     # A single program that holds all units multiplies dz straight from registers.
     LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
 
+    # Tile k holds the rows of U that meet units k·BLOCK_K and up of dz, for all gates.
     weights = ()
     if RESIDENT:
-        for gate in tl.static_range(RECURRENT):
-            for k in tl.static_range(BLOCKS):
-                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                weights = weights + (load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, False),)
+        for k in tl.static_range(BLOCKS):
+            source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+            weights = weights + load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, False)
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
@@ -276,7 +284,6 @@ def backward_kernel(
     c = tl.load(c_ptr + steps * size + tile_place + place, mask=mask, other=0.0)
     arrivals = 0
     for step in range(steps):
-        slot = step % 2
         chunk_t = tl.cast(t - chunk_start, tl.int64)
         step_place = (chunk_t * size + tile_place) * GATES
         z = load_gates(z_ptr + step_place, gate_place, mask, GATES, HIDDEN)
@@ -301,20 +308,23 @@ def backward_kernel(
         dgamma += dgamma_step
         dbeta += dbeta_step
         # Published with the sums, so that their products can run while the late gates' dz is on its way.
-        store_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN)
+        publish_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN, EXCHANGE)
         if SLICES > 1:
-            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, slot, batch, SLICES)
-            arrive(counter, SLICES)
+            row_step = step_base + step
+            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, row_step, batch, SLICES, EXCHANGE)
+            arrive(counter, EXCHANGE)
             arrivals += SLICES
-            wait(counter, arrivals, SLICES)
-        parts = collect_rows(row_ring_ptr, own, row_first + row, in_batch, slot, batch, SLICES, BLOCK_S)
+            wait(counter, arrivals, EXCHANGE)
+        parts = collect_rows(
+            row_ring_ptr, own, row_first + row, in_batch, step_base + step, batch, SLICES, BLOCK_S, EXCHANGE
+        )
         sums = ()
         for k in tl.static_range(len(own)):
             sums = sums + (tl.sum(parts[k], 1),)
         late = grad_finish(pending, stats, sums, HIDDEN, eps)
         if HAS_LENGTHS:
             late = zero_unless(valid, late)
-        store_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN)
+        publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
@@ -324,19 +334,18 @@ def backward_kernel(
             for k in tl.static_range(len(LATE)):
                 dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
         else:
-            arrive(counter, SLICES)
+            arrive(counter, EXCHANGE)
             arrivals += SLICES
-            dz_row = dz_ptr + step_place + row[:, None] * (GATES * HIDDEN)
             for k in tl.static_range(len(EARLY)):
                 dh_prev = multiply_exchanged(
-                    *(dz_row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(EARLY[k], RECURRENT, HIDDEN, BLOCK_K, RESIDENT, PRECISION),
+                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                    *(EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                 )
-            wait(counter, arrivals, SLICES)
+            wait(counter, arrivals, EXCHANGE)
             for k in tl.static_range(len(LATE)):
                 dh_prev = multiply_exchanged(
-                    *(dz_row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(LATE[k], RECURRENT, HIDDEN, BLOCK_K, RESIDENT, PRECISION),
+                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                    *(LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                 )
         if HAS_LENGTHS:
             dh = tl.where(valid, dh_prev, dh)

@@ -1,10 +1,17 @@
-"""How the programs of one batch tile exchange data within a step: a counter barrier around plain loads and stores.
+"""How the programs of one batch tile exchange data within a step, in one of three ways, fixed at compile time.
 
-Each batch tile has one int32 counter, zero before the launch. A program stores what it publishes and calls `arrive`;
-whoever needs the data of all `SLICES` programs waits in `wait` until the counter shows that they all have arrived, then
-loads with `.cg`, past the L1 cache, which other multiprocessors' stores do not reach. Counters only grow, so a
-program that runs ahead never hides an arrival from one that still waits. Programs that wait for each other must be
-resident together: launch cooperatively.
+"none": one slice. Its threads exchange through memory what they do not hold in registers; `arrive` is a block barrier.
+
+"barrier": plain stores, then a counter. Each batch tile has one int32 counter, zero before the launch. A program stores
+what it publishes and calls `arrive`; whoever needs the data of all `SLICES` programs calls `wait` until the counter
+shows that they all have arrived, then loads with `.cg`, past the L1 cache, which other multiprocessors' stores do not
+reach. Counters only grow, so a program that runs ahead never hides an arrival from one that still waits.
+
+"words": no counter and no fence; a word tells by its own bits whether it has arrived. A tile lies in a buffer that the
+launcher fills with all-ones words, a NaN that `publish` never stores; `await_blocks` loads until none is left. A row
+value travels as 64 bits, the step's tag above the fp32 bits, in a ring of two slots.
+
+Programs that wait for each other must be resident together: launch cooperatively.
 """
 
 import triton
@@ -12,40 +19,137 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(counter_ptr, SLICES: tl.constexpr):
+def arrive(counter_ptr, EXCHANGE: tl.constexpr):
     """Publish all stores this program has made. With one slice, order them among its own threads."""
-    # Every thread's stores come before the one thread's release.
-    tl.debug_barrier()
-    if SLICES > 1:
+    if EXCHANGE != "words":
+        # Every thread's stores come before the one thread's release.
+        tl.debug_barrier()
+    if EXCHANGE == "barrier":
         tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
-def wait(counter_ptr, arrivals, SLICES: tl.constexpr):
+def wait(counter_ptr, arrivals, EXCHANGE: tl.constexpr):
     """Wait until `arrivals` calls of `arrive` have been counted, and see all that they published."""
-    if SLICES > 1:
+    if EXCHANGE == "barrier":
         while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
             pass
 
 
 @triton.jit
-def publish_rows(rows_ptr, values, row, row_mask, slice, slot, batch, SLICES: tl.constexpr):
-    """Store a tuple of rows [R] into this slice's places of the ring [2, B, len(values), SLICES] fp32."""
-    for k in tl.static_range(len(values)):
-        offset = ((slot * batch + row) * len(values) + k) * SLICES + slice
-        tl.store(rows_ptr + offset, values[k], mask=row_mask)
+def publish(ptr, value, mask, EXCHANGE: tl.constexpr):
+    """Store a tile for other slices to collect, in the dtype of the buffer."""
+    value = value.to(ptr.dtype.element_ty)
+    if EXCHANGE == "words":
+        # Any NaN becomes the one that is not all ones.
+        value = tl.where(value == value, value, float("nan"))
+    tl.store(ptr, value, mask=mask)
 
 
 @triton.jit
-def collect_rows(rows_ptr, values, row, row_mask, slot, batch, SLICES: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Load what all slices have published in `slot`: tiles [R, BLOCK_S]. A single slice takes its own `values`."""
-    parts = ()
+def publish_gates(ptr, tiles, place, mask, ORDER: tl.constexpr, HIDDEN: tl.constexpr, EXCHANGE: tl.constexpr):
+    """Publish tiles into the gate blocks ORDER of [·, G·H]; `place` points into the first gate's block."""
+    for k in tl.static_range(len(ORDER)):
+        publish(ptr + ORDER[k] * HIDDEN + place, tiles[k], mask, EXCHANGE)
+
+
+@triton.jit
+def load_block(ptr, row, in_batch, k, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load K tile k of rows [R, H], `STRIDE` apart, that have been published and waited for."""
+    source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+    return tl.load(ptr + (row[:, None] * STRIDE + source[None, :]), mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_words(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load all K tiles of rows [R, H] as a tuple of integer words, and tell whether any is still missing."""
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
+    WORD: tl.constexpr = tl.int32 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.int16
+    words = ()
+    missing = tl.zeros((row.shape[0], BLOCK_K), tl.int32)
+    for k in tl.static_range(BLOCKS):
+        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = in_batch[:, None] & (source < HIDDEN)[None, :]
+        place = ptr + (row[:, None] * STRIDE + source[None, :])
+        word = tl.load(place.to(tl.pointer_type(WORD), bitcast=True), mask=mask, other=0, volatile=True)
+        missing = missing | (word == -1).to(tl.int32)
+        words = words + (word,)
+    # One reduction over the program for all tiles: each costs two block barriers.
+    return words, tl.max(tl.max(missing, 1), 0)
+
+
+@triton.jit
+def await_blocks(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load rows [R, H] that other slices publish as "words": a tuple of K tiles, once all of them have arrived."""
+    words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+    while missing != 0:
+        words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+    blocks = ()
+    for k in tl.static_range(len(words)):
+        blocks = blocks + (words[k].to(ptr.dtype.element_ty, bitcast=True),)
+    return blocks
+
+
+@triton.jit
+def publish_rows(
+    rows_ptr, values, row, row_mask, slice, step, batch, SLICES: tl.constexpr, EXCHANGE: tl.constexpr
+):
+    """Store a tuple of rows [R] into this slice's places of the ring [2, B, len(values), SLICES].
+
+    `step` counts all steps of the call: it picks the slot and is the tag of "words", whose ring is int64; else fp32.
+    """
+    for k in tl.static_range(len(values)):
+        place = rows_ptr + ((step % 2 * batch + row) * len(values) + k) * SLICES + slice
+        if EXCHANGE == "words":
+            bits = values[k].to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            tl.store(place, (tl.cast(step + 1, tl.int64) << 32) | bits, mask=row_mask)
+        else:
+            tl.store(place, values[k], mask=row_mask)
+
+
+@triton.jit
+def load_tagged(rows_ptr, place, mask, tag, COUNT: tl.constexpr, SLICES: tl.constexpr):
+    """Load a tuple of COUNT tagged tiles, and tell whether any word still has another tag."""
+    words = ()
+    missing = tl.zeros(mask.shape, tl.int32)
+    for k in tl.static_range(COUNT):
+        word = tl.load(rows_ptr + place + k * SLICES, mask=mask, other=0, volatile=True)
+        missing = missing | ((word >> 32) != tag).to(tl.int32)
+        words = words + (word,)
+    return words, tl.max(tl.max(tl.where(mask, missing, 0), 1), 0)
+
+
+@triton.jit
+def collect_rows(
+    rows_ptr,
+    values,
+    row,
+    row_mask,
+    step,
+    batch,
+    SLICES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+):
+    """Load what all slices have published in `step`: a tuple of tiles [R, BLOCK_S]. One slice takes its own `values`."""
+    COUNT: tl.constexpr = len(values)
     slices = tl.arange(0, BLOCK_S)
     mask = row_mask[:, None] & (slices < SLICES)[None, :]
-    for k in tl.static_range(len(values)):
-        if SLICES == 1:
+    place = ((step % 2 * batch + row) * COUNT)[:, None] * SLICES + slices[None, :]
+    parts = ()
+    if EXCHANGE == "words":
+        tag = tl.cast(step + 1, tl.int64)
+        words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
+        while missing != 0:
+            words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
+        for k in tl.static_range(COUNT):
+            value = (words[k] & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+            parts = parts + (value,)
+    elif EXCHANGE == "barrier":
+        for k in tl.static_range(COUNT):
+            parts = parts + (tl.load(rows_ptr + place + k * SLICES, mask=mask, other=0.0, cache_modifier=".cg"),)
+    else:
+        for k in tl.static_range(COUNT):
             parts = parts + (values[k][:, None],)
-        else:
-            offset = ((slot * batch + row) * len(values) + k)[:, None] * SLICES + slices[None, :]
-            parts = parts + (tl.load(rows_ptr + offset, mask=mask, other=0.0, cache_modifier=".cg"),)
     return parts

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from .exchange import arrive, collect_rows, publish_rows, wait
-from .tiles import load_gates, load_weight, units_per_slice
+from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_rows, wait
+from .tiles import add_products, load_gates, load_weights, units_per_slice
 
 
 # T, B and what follows from them stay run-time values whatever they are: a new length compiles nothing.
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start", "parity", "tile_first"],
+    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start", "step_base", "h_first", "h_slots", "tile_first"],
     do_not_specialize_on_alignment=["lengths_ptr", "c_in_ptr", "counter_ptr", "c_out_ptr"],
 )
 def forward_kernel(
@@ -29,7 +29,9 @@ def forward_kernel(
     t_first,
     t_step,
     chunk_start,
-    parity,
+    step_base,
+    h_first,
+    h_slots,
     tile_first,
     eps,
     partials: tl.constexpr,
@@ -45,6 +47,7 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -60,8 +63,8 @@ def forward_kernel(
         beta_ptr: [H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         c_in_ptr: [B, H] fp32, c before the first step.
-        h_ring_ptr: [2, B, H]; h before step n lies in slot (parity + n) % 2.
-        row_ring_ptr: [2, B, S, SLICES] fp32, space for the cell's S row statistics.
+        h_ring_ptr: [h_slots, B, H]; h before step n of this launch lies in slot (h_first + n) % h_slots.
+        row_ring_ptr: [2, B, S, SLICES], space for the cell's S row statistics; see exchange.py.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
         y_ptr: [T, B, H] output, zero beyond a row's length.
         c_out_ptr: [B, H] fp32, c after the last step.
@@ -70,7 +73,9 @@ def forward_kernel(
         t_first: t of the first step walked.
         t_step: 1 forward in time, −1 backward.
         chunk_start: t of the first row of x_gates.
-        parity: slot of h_ring that holds the first h, 0 or 1.
+        step_base: steps walked before this launch.
+        h_first: slot of h_ring that holds the first h.
+        h_slots: slots of h_ring.
         tile_first: first batch tile of this launch.
         eps: ε of the layer normalisation.
     """
@@ -87,12 +92,12 @@ def forward_kernel(
     # A single program that holds all units keeps h in registers: nothing is exchanged through memory.
     LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
 
+    # Tile k holds the rows of Uᵀ that meet units k·BLOCK_K and up of h, for all gates.
     weights = ()
     if RESIDENT:
-        for gate in tl.static_range(RECURRENT):
-            for k in tl.static_range(BLOCKS):
-                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                weights = weights + (load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, True),)
+        for k in tl.static_range(BLOCKS):
+            source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+            weights = weights + load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, True)
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
@@ -102,7 +107,7 @@ def forward_kernel(
     place = row[:, None] * HIDDEN + unit[None, :]
     gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
     c = tl.load(c_in_ptr + tile_place + place, mask=mask, other=0.0)
-    h = tl.load(h_ring_ptr + parity * size + tile_place + place, mask=mask, other=0.0)
+    h = tl.load(h_ring_ptr + h_first * size + tile_place + place, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
 
@@ -111,44 +116,38 @@ def forward_kernel(
     z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
     arrivals = 0
     for step in range(steps):
-        slot = (parity + step) % 2
+        h_tile_ptr = h_ring_ptr + (h_first + step) % h_slots * size + tile_place
         # z_k += h U_kᵀ
         if LOCAL:
-            z_sum = ()
-            for gate in tl.static_range(RECURRENT):
-                z_sum = z_sum + (tl.dot(h, weights[gate], z[gate], input_precision=PRECISION),)
-            z = z_sum + z[RECURRENT:]
+            z = add_products(z, h, weights, PRECISION)
         elif RESIDENT:
+            if EXCHANGE == "words":
+                h_blocks = await_blocks(h_tile_ptr, row, in_batch, HIDDEN, HIDDEN, BLOCK_K)
             for k in tl.static_range(BLOCKS):
-                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                h_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                h_place = h_ring_ptr + slot * size + tile_place + (row[:, None] * HIDDEN + source[None, :])
-                h_block = tl.load(h_place, mask=h_mask, other=0.0, cache_modifier=".cg")
-                z_sum = ()
-                for gate in tl.static_range(RECURRENT):
-                    weight = weights[gate * BLOCKS + k]
-                    z_sum = z_sum + (tl.dot(h_block, weight, z[gate], input_precision=PRECISION),)
-                z = z_sum + z[RECURRENT:]
+                if EXCHANGE == "words":
+                    h_block = h_blocks[k]
+                else:
+                    h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)
+                z = add_products(z, h_block, weights[k * RECURRENT : (k + 1) * RECURRENT], PRECISION)
         else:
             for k in range(BLOCKS):
+                h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)
                 source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                h_mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-                h_place = h_ring_ptr + slot * size + tile_place + (row[:, None] * HIDDEN + source[None, :])
-                h_block = tl.load(h_place, mask=h_mask, other=0.0, cache_modifier=".cg")
-                z_sum = ()
-                for gate in tl.static_range(RECURRENT):
-                    weight = load_weight(weight_hh_ptr, gate, source, unit, is_unit, HIDDEN, True)
-                    z_sum = z_sum + (tl.dot(h_block, weight, z[gate], input_precision=PRECISION),)
-                z = z_sum + z[RECURRENT:]
+                streamed = load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, True)
+                z = add_products(z, h_block, streamed, PRECISION)
 
         own = partials(z, count, is_unit[None, :])
         if SLICES > 1:
-            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, slot, batch, SLICES)
-            arrive(counter, SLICES)
+            row_step = step_base + step
+            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, row_step, batch, SLICES, EXCHANGE)
+            arrive(counter, EXCHANGE)
             arrivals += SLICES
-            wait(counter, arrivals, SLICES)
-        parts = collect_rows(row_ring_ptr, own, row_first + row, in_batch, slot, batch, SLICES, BLOCK_S)
-        h_new, c_new = update(z, merge(parts, counts, HIDDEN, eps), c, gamma, beta)
+            wait(counter, arrivals, EXCHANGE)
+        parts = collect_rows(
+            row_ring_ptr, own, row_first + row, in_batch, step_base + step, batch, SLICES, BLOCK_S, EXCHANGE
+        )
+        stats = merge(parts, counts, HIDDEN, eps)
+        h_new, c_new = update(z, stats, c, gamma, beta)
         h_new = h_new.to(h.dtype)
         if LOCAL and HIDDEN != BLOCK_N:
             # Padding columns meet zero weights, and only a finite value times zero is zero.
@@ -162,8 +161,9 @@ def forward_kernel(
             h = h_new
             c = c_new
         if not LOCAL:
-            tl.store(h_ring_ptr + (1 - slot) * size + tile_place + place, h, mask=mask)
-            arrive(counter, SLICES)
+            h_next_ptr = h_ring_ptr + (h_first + step + 1) % h_slots * size + tile_place
+            publish(h_next_ptr + place, h, mask, EXCHANGE)
+            arrive(counter, EXCHANGE)
             arrivals += SLICES
         # What nobody waits for comes after the arrival: the output, and the next step's input.
         tl.store(y_ptr + tl.cast(t, tl.int64) * size + tile_place + place, h_new, mask=mask)
@@ -172,8 +172,8 @@ def forward_kernel(
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
         z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
         if not LOCAL:
-            wait(counter, arrivals, SLICES)
+            wait(counter, arrivals, EXCHANGE)
 
     tl.store(c_out_ptr + tile_place + place, c, mask=mask)
     if LOCAL:
-        tl.store(h_ring_ptr + (parity + steps) % 2 * size + tile_place + place, h, mask=mask)
+        tl.store(h_ring_ptr + (h_first + steps) % h_slots * size + tile_place + place, h, mask=mask)

@@ -23,10 +23,23 @@ def load_gates(z_ptr, place, mask, GATES: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def store_gates(z_ptr, z, place, mask, ORDER: tl.constexpr, HIDDEN: tl.constexpr):
-    """Store the tiles z into the gate blocks ORDER of [·, G·H]; `place` points into the first gate's block."""
-    for k in tl.static_range(len(ORDER)):
-        tl.store(z_ptr + ORDER[k] * HIDDEN + place, z[k].to(z_ptr.dtype.element_ty), mask=mask)
+def load_weights(
+    weight_ptr, source, unit, is_unit, RECURRENT: tl.constexpr, HIDDEN: tl.constexpr, TRANSPOSE: tl.constexpr
+):
+    """Load the tile [source, unit] of every gate's recurrent weight, as a tuple; see `load_weight`."""
+    weights = ()
+    for gate in tl.static_range(RECURRENT):
+        weights = weights + (load_weight(weight_ptr, gate, source, unit, is_unit, HIDDEN, TRANSPOSE),)
+    return weights
+
+
+@triton.jit
+def add_products(z, h, weights, PRECISION: tl.constexpr):
+    """Add h weights[k] to the tiles z[k] that have a weight; the others stay as they are."""
+    total = ()
+    for gate in tl.static_range(len(weights)):
+        total = total + (tl.dot(h, weights[gate], z[gate], input_precision=PRECISION),)
+    return total + z[len(weights) :]
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from novolstm_triton import reference
-from novolstm_triton.plan import chunk_steps
+from novolstm_triton.plan import chunk_steps, in_force, pinned
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 """What `backend=` accepts: see `novolstm`."""
@@ -153,6 +153,7 @@ class NovoLSTMFunction(torch.autograd.Function):
         y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
         ctx.save_for_backward(*inputs, lengths, y, c_border)
         ctx.options = (*options, chunk)
+        ctx.pins = pinned()
         ctx.set_materialize_grads(True)
         return y, h_n, c_n
 
@@ -161,7 +162,8 @@ class NovoLSTMFunction(torch.autograd.Function):
         """Run the backward operator. Differentiating it once more raises, because it has no formula of its own."""
         dy, dh_n, dc_n = (g.contiguous() for g in grads)
         needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
-        gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
+        with in_force(ctx.pins):
+            gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
         pairs = zip(gradients, needs, strict=True)
         return *(g if needed else None for g, needed in pairs), None, None, None, None, None, None
 

@@ -50,14 +50,14 @@ def forward(
     # c before every chunk, and in the last place after all of them.
     c = torch.empty(len(walk) + 1, batch, hidden, **state)
     c[0] = c_0
-    h_ring = x.new_empty(2, batch, hidden)
-    h_ring[0] = h_0
-    row_ring = torch.empty(2, batch, cell.partial_rows, kernel_plan.slices, **state)
+    h_ring = _HRing(h_0, kernel_plan, min(steps, chunk))
+    row_ring = _row_ring(kernel_plan, batch, cell.partial_rows, x.device)
     counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
     for number, (start, stop) in enumerate(walk):
         x_gates = torch.addmm(bias, x[start:stop].reshape(-1, x.shape[2]), weight_ih.t())
         _softmax_gate(x_gates, cell, hidden)
         first, stride = _first(start, stop, reverse)
+        h_ring.begin_chunk()
         for tile, grid in _launches(kernel_plan):
             _launch(
                 forward_kernel,
@@ -70,7 +70,7 @@ def forward(
                 beta,
                 lengths,
                 c[number],
-                h_ring,
+                h_ring.buffer,
                 row_ring,
                 counters[number, tile:],
                 y,
@@ -80,12 +80,15 @@ def forward(
                 first,
                 stride,
                 start,
-                number * chunk % 2,
+                number * chunk,
+                h_ring.first,
+                h_ring.buffer.shape[0],
                 tile,
                 eps,
                 **constants,
             )
-    return y, h_ring[steps % 2].clone(), c[-1].to(x.dtype, copy=True), c[:-1].clone()
+        h_ring.end_chunk(stop - start)
+    return y, h_ring.current().clone(), c[-1].to(x.dtype, copy=True), c[:-1].clone()
 
 
 def backward(
@@ -129,7 +132,7 @@ def backward(
     z_all, dz_all = x.new_empty(chunk_rows, cell.gates * hidden), x.new_empty(chunk_rows, cell.gates * hidden)
     c_all = torch.empty(min(steps, chunk) + 1, batch, hidden, **fp32)
     stats_all = torch.empty(cell.stats * chunk_rows, **fp32)
-    row_ring = torch.empty(2, batch, cell.grad_rows, kernel_plan.slices, **fp32)
+    row_ring = _row_ring(kernel_plan, batch, cell.grad_rows, x.device)
     counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
 
     dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
@@ -151,6 +154,8 @@ def backward(
         _softmax_gate(z, cell, hidden)
         c[0] = c_border[number]
         _recompute_states(cell, kernel_plan, z, stats, c, (gamma, beta), lengths, eps, (first, stride, start))
+        if kernel_plan.exchange == "words":
+            _fill_missing(dz)
         for tile, grid in _launches(kernel_plan):
             _launch(
                 backward_kernel,
@@ -177,6 +182,7 @@ def backward(
                 first + (stop - start - 1) * stride,
                 stride,
                 start,
+                (len(walk) - 1 - number) * chunk,
                 tile,
                 eps,
                 **constants,
@@ -193,6 +199,51 @@ def backward(
     gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma.sum(0) * gate_gain, dbeta.sum(0) * gate_gain)
     pairs = zip(gradients, needs, strict=True)
     return tuple(g.to(x.dtype) if g is not None and needed else None for g, needed in pairs)
+
+
+class _HRing:
+    """The buffer [slots, B, H] in which slices exchange h; a step reads one slot and writes the next.
+
+    The barrier takes turns between two slots. Self-validating words are never overwritten within a chunk: each step
+    has a slot of its own, which holds no word until one arrives.
+    """
+
+    def __init__(self, h_0: Tensor, kernel_plan: KernelPlan, chunk: int) -> None:
+        self._words = kernel_plan.exchange == "words"
+        self.buffer = h_0.new_empty(chunk + 1 if self._words else 2, *h_0.shape)
+        self.first = 0
+        # A NaN of the user's could look like a word that is missing.
+        self.buffer[0] = h_0.masked_fill(h_0.isnan(), float("nan")) if self._words else h_0
+
+    def current(self) -> Tensor:
+        """Return [B, H], the h that the next step starts from."""
+        return self.buffer[self.first]
+
+    def begin_chunk(self) -> None:
+        """Make room for the steps of a chunk."""
+        if self._words:
+            h = self.current().clone()
+            _fill_missing(self.buffer)
+            self.buffer[0] = h
+            self.first = 0
+
+    def end_chunk(self, steps: int) -> None:
+        """Go on from the slot that the chunk's last step has written."""
+        self.first = (self.first + steps) % self.buffer.shape[0]
+
+
+def _row_ring(kernel_plan: KernelPlan, batch: int, rows: int, device: torch.device) -> Tensor:
+    """Return the ring [2, B, rows, slices] for the rows that a step exchanges."""
+    shape = (2, batch, rows, kernel_plan.slices)
+    if kernel_plan.exchange == "words":
+        # Zero is the tag of no step.
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _fill_missing(buffer: Tensor) -> None:
+    """Fill a buffer with the all-ones words that mean "not yet published"."""
+    buffer.view(torch.int32 if buffer.element_size() == 4 else torch.int16).fill_(-1)
 
 
 def launch_plan(x: Tensor, hidden: int, cell: Cell) -> LaunchPlan:
@@ -226,6 +277,7 @@ def kernel_constants(
         BLOCK_R=max(1, 1024 // triton.next_power_of_2(hidden)),
         BLOCK_H=min(256, triton.next_power_of_2(hidden)),
         RESIDENT=kernel_plan.resident,
+        EXCHANGE=kernel_plan.exchange,
         HAS_LENGTHS=has_lengths,
         PRECISION=precision,
     )

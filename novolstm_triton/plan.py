@@ -39,8 +39,8 @@ MI300X = Device("MI300X", "hip", "gfx942", 304, 65536, warp_size=64)
 INTERPRETER = Device("interpreter", "interpreter", "cpu", 1, 2**40)
 """Triton's interpreter: it runs one program after another, so programs cannot wait for each other."""
 
-EXCHANGES = ("none", "barrier")
-"""How hidden slices exchange data: a single slice does not; a counter barrier."""
+EXCHANGES = ("none", "barrier", "words")
+"""How hidden slices exchange data: a single slice does not; a counter barrier, the default; self-validating words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def forced(
         block_b: rows per batch tile, a power of two ≥ 16.
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
-        exchange: "none" (one slice) or "barrier".
+        exchange: "none" (one slice), "barrier", or "words" (resident weights only).
         chunk: time steps per chunk; of the torch backend, too.
         device: plan as if for this device, whatever the tensors are on.
 
@@ -140,7 +140,13 @@ def forced(
         chunk=chunk,
         device=device,
     )
-    pins = dataclasses.replace(_pins.get(), **{name: value for name, value in given.items() if value is not None})
+    with in_force(dataclasses.replace(_pins.get(), **{k: v for k, v in given.items() if v is not None})):
+        yield
+
+
+@contextlib.contextmanager
+def in_force(pins: Pins) -> Iterator[None]:
+    """Put pins in force that `pinned` has returned, perhaps in another thread: autograd's run backward, without them."""
     token = _pins.set(pins)
     try:
         yield
@@ -213,11 +219,13 @@ def _kernel_plan(
     _check_pins(hidden, device, pins)
     candidates, least_smem = [], None
     residencies = (True, False) if pins.resident is None else (pins.resident,)
+    if pins.exchange == "words":
+        residencies = (True,)
     blocks_b = (16, 32, 64) if pins.block_b is None else (pins.block_b,)
     for slicing, resident, block_b in itertools.product(_slicings(hidden, device, pins), residencies, blocks_b):
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
-            candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward)
+            candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
             if candidate.smem_bytes <= device.smem_bytes:
                 candidates.append(candidate)
@@ -239,14 +247,16 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
                 f"slices={pins.slices}: slices wait for each other and must be resident together, and "
                 f"{device.name} holds {device.multiprocessors}"
             )
-        wanted = "none" if pins.slices == 1 else "barrier"
-        if pins.exchange is not None and pins.exchange != wanted:
-            raise ValueError(f"exchange={pins.exchange!r}: slices={pins.slices} needs {wanted!r}")
-    elif pins.exchange == "barrier" and (hidden == 1 or device.multiprocessors == 1):
+        if pins.exchange is not None and (pins.exchange == "none") != (pins.slices == 1):
+            wanted = "'none'" if pins.slices == 1 else "'barrier' or 'words'"
+            raise ValueError(f"exchange={pins.exchange!r}: slices={pins.slices} needs {wanted}")
+    elif pins.exchange in ("barrier", "words") and (hidden == 1 or device.multiprocessors == 1):
         raise ValueError(
-            f"exchange='barrier' needs two slices: hidden={hidden}, and {device.name} holds "
+            f"exchange={pins.exchange!r} needs two slices: hidden={hidden}, and {device.name} holds "
             f"{device.multiprocessors} programs at once"
         )
+    if pins.exchange == "words" and pins.resident is False:
+        raise ValueError("exchange='words' needs the weights on chip, and resident=False streams them")
 
 
 class _Slicing(NamedTuple):
@@ -263,14 +273,14 @@ def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[_Slicing]:
         units = -(-hidden // pins.slices)
         yield _Slicing(pins.slices, units, _tile(units))
         return
-    if pins.exchange != "barrier":
+    if pins.exchange in (None, "none"):
         yield _Slicing(1, hidden, _tile(hidden))
     if pins.exchange != "none":
         for block_n in (16, 32, 64, 128, 256):
             slices = -(-hidden // block_n)
             if 1 < slices <= device.multiprocessors:
                 yield _Slicing(slices, block_n, block_n)
-        if pins.exchange == "barrier" and hidden <= 16:
+        if pins.exchange is not None and hidden <= 16:
             yield _Slicing(2, -(-hidden // 2), 16)
 
 
@@ -284,7 +294,7 @@ def _loops_k(
         # One tile that is h itself: it stays in registers.
         yield slicing.block_n, 1
     elif resident:
-        yield _block_k(hidden, (512 if backward and slicing.block_n > 16 else 256) // itemsize), 1
+        yield _block_k(hidden, (512 if backward and itemsize == 2 else 256) // itemsize), 1
     else:
         sizes = (128 // itemsize, 64 // itemsize, 16) if pins.block_k is None else (pins.block_k,)
         yield from ((size, stages) for size, stages in itertools.product(sizes, (3, 2, 1)) if size >= 16)
@@ -300,6 +310,7 @@ def _candidate(
     tile: tuple[int, int, int, int],
     resident: bool,
     backward: bool,
+    pins: Pins,
 ) -> KernelPlan:
     (slices, units, _), (block_b, block_n, block_k, num_stages) = slicing, tile
     padded_k = -(-hidden // block_k) * block_k
@@ -307,16 +318,20 @@ def _candidate(
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
-    # Fewest that keep every register on chip, as the compile report shows.
-    num_warps = 8 if elements > 512 or (backward and block_n == 16) else 4
+    # Fewest that keep every register on chip, as the compile report shows. On AMD more of them get fewer registers each.
+    crowded = elements > 512 or (backward and (block_n == 16 or hidden > 256))
+    num_warps = 8 if crowded and device.backend != "hip" else 4
 
-    weight_bytes = recurrent * padded_k * block_n * itemsize
-    # Scratch for layout changes and reductions, fitted from above to what the compiler reports.
-    scratch = 4096 + block_b * block_k * itemsize + 8 * elements
+    # In fp32 "tf32x3" keeps two tf32 halves of every operand.
+    operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
+    weight_bytes = recurrent * padded_k * block_n * operand_bytes
+    words = slices > 1 and pins.exchange == "words"
+    # Self-validating words are tested all at once: every tile of h is in flight.
+    scratch = 4096 + block_b * (padded_k if words else block_k) * operand_bytes + 8 * elements
     if not resident:
         # Forward multiplies a tile of h by all gates' weights at once, backward takes gate by gate.
         tiles_in_flight = block_k * block_n * (1 if backward else recurrent)
-        scratch += num_stages * (tiles_in_flight + block_b * block_k) * itemsize
+        scratch += num_stages * (tiles_in_flight + block_b * block_k) * operand_bytes
     smem_bytes = scratch + (weight_bytes if resident else 0)
 
     rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)
@@ -336,7 +351,7 @@ def _candidate(
         block_n=block_n,
         block_k=block_k,
         resident=resident,
-        exchange="none" if slices == 1 else "barrier",
+        exchange="none" if slices == 1 else pins.exchange or "barrier",
         tiles=tiles,
         tiles_per_launch=together,
         num_warps=num_warps,

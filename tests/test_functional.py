@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_pins_reach_the_torch_backend():
     with plan.forced(chunk=2):
         parts = novolstm(**given, backend="torch")
     assert errors({"y": parts[0]}, {"y": whole[0]})["y"][0] < 1e-6
+
+
+def test_pins_hold_in_backward_whichever_thread_runs_it(monkeypatch):
+    """On a GPU autograd's own thread runs backward, and a context variable's value stays behind."""
+    given = {name: a.requires_grad_() for name, a in arguments().items()}
+    with plan.forced(block_b=32):
+        y, _, _ = novolstm(**given, backend="triton")
+    seen = []
+    original = launch.launch_plan
+    monkeypatch.setattr(launch, "launch_plan", lambda *a: seen.append(original(*a)) or seen[-1])
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert [p.backward.block_b for p in seen] == [32]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_pins_that_no_plan_can_have(pins, message):
     [
         pytest.param(dict(slices=9), 8, plan.H100, "slices=9: .* hidden=8", id="more-slices-than-units"),
         pytest.param(dict(slices=200), 512, plan.H100, "slices=200: .* H100 holds 132", id="more-than-resident"),
-        pytest.param(dict(slices=2, exchange="none"), 64, plan.H100, "slices=2 needs 'barrier'", id="no-exchange"),
+        pytest.param(dict(slices=2, exchange="none"), 64, plan.H100, "slices=2 needs 'barrier' or 'words'", id="no-exchange"),
         pytest.param(dict(slices=1, exchange="barrier"), 64, plan.H100, "slices=1 needs 'none'", id="one-slice"),
         pytest.param(dict(exchange="barrier"), 1, plan.H100, "needs two slices: hidden=1", id="barrier-of-one"),
         pytest.param(
@@ -133,6 +133,8 @@ def test_pins_that_no_plan_can_have(pins, message):
             r"least shared memory .* \d+ bytes, the limit 232448",
             id="smem",
         ),
+        pytest.param(dict(exchange="words"), 4096, plan.H100, "least shared memory", id="words-do-not-fit"),
+        pytest.param(dict(exchange="words", resident=False), 64, plan.H100, "needs the weights on chip", id="words"),
         pytest.param(dict(slices=2), 64, plan.INTERPRETER, "interpreter holds 1", id="interpreter"),
     ],
 )

@@ -76,6 +76,56 @@ def test_sixteen_bit_dtypes(dtype, slices, variant):
     assert_as_exact_as_eager(problem, result, dtype)
 
 
+# Buffers in which words tell by their own bits whether they have arrived: no access to them is ordered by another.
+SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr")
+
+
+@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
+@pytest.mark.parametrize("seed", range(6))
+def test_self_validating_words(seed, lengths, variant):
+    problem = Problem(steps=5, batch=18, hidden=20, variant=variant, lengths=lengths, reverse=seed % 2 == 1, seed=seed)
+    pins = dict(slices=3, chunk=2, block_k=(16, None)[seed % 2])
+    with (
+        cooperative(seed, poison=True, exempt=SELF_VALIDATING) as report,
+        plan.forced(device=ROOMY, exchange="words", **pins),
+    ):
+        result = problem.run("triton", torch.float32)
+    assert report.programs > 0
+    assert report.atomics == 0
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_self_validating_words_of_sixteen_bits(dtype):
+    problem = Problem(steps=5, batch=3, hidden=40, lengths=True)
+    with cooperative(1, exempt=SELF_VALIDATING), plan.forced(device=ROOMY, exchange="words", slices=2, chunk=3):
+        result = problem.run("triton", dtype)
+    assert_as_exact_as_eager(problem, result, dtype)
+
+
+@pytest.mark.parametrize("exchange", ["barrier", "words"])
+@pytest.mark.parametrize("bad", ["x", "h_0", "c_0", "weight_hh", "dy"])
+@pytest.mark.parametrize("value", ["nan", "inf", "all-ones"])
+def test_bad_numbers_end_and_show(exchange, bad, value):
+    """Whatever the data, no program may wait for ever; all-ones is the NaN with which "words" marks what is missing."""
+    inputs, _, grads = Problem(steps=3, batch=2, hidden=6).draw()
+    arguments = [a.float() for a in inputs]
+    grads = [g.float() for g in grads]
+    target = {"x": arguments[0], "h_0": arguments[1], "c_0": arguments[2], "weight_hh": arguments[4], "dy": grads[0]}[bad]
+    if value == "all-ones":
+        target.view(torch.int32).flatten()[0] = -1
+    else:
+        target.view(-1)[0] = float(value)
+    arguments = [a.requires_grad_() for a in arguments]
+    exempt = SELF_VALIDATING if exchange == "words" else ()
+    with cooperative(3, exempt=exempt), plan.forced(device=ROOMY, exchange=exchange, slices=2, chunk=2):
+        outputs = novolstm(*arguments, backend="triton")
+        gradients = torch.autograd.grad(outputs, arguments, grads)
+    if value != "inf":
+        assert any(t.isnan().any() for t in (*outputs, *gradients))
+
+
 def test_batch_beyond_residency_runs_in_successive_launches():
     few = plan.Device("few", "cuda", 90, multiprocessors=5, smem_bytes=2**40)
     problem = Problem(steps=3, batch=70, hidden=20)
@@ -150,8 +200,9 @@ def test_non_contiguous_inputs():
     inputs, _, _ = problem.draw()
     strided = [a.float().transpose(0, -1).contiguous().transpose(0, -1) for a in inputs]
     assert not strided[0].is_contiguous()
-    expected = novolstm(*(a.float() for a in inputs), backend="triton")
-    for a, b in zip(novolstm(*strided, backend="triton"), expected, strict=True):
+    lengths = torch.tensor([4, 0, 2, 0, 1, 0], dtype=torch.int32)[::2]
+    expected = novolstm(*(a.float() for a in inputs), lengths=lengths.contiguous(), backend="triton")
+    for a, b in zip(novolstm(*strided, lengths=lengths, backend="triton"), expected, strict=True):
         assert torch.equal(a, b)
 
 
