@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish_gates, publish_rows, wait
-from .tiles import load_gates, load_weight, load_weights
+from .tiles import load_gates, load_resident, load_weight
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -260,12 +260,9 @@ def backward_kernel(
     # A single program that holds all units multiplies dz straight from registers.
     LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
 
-    # Tile k holds the rows of U that meet units k·BLOCK_K and up of dz, for all gates.
     weights = ()
     if RESIDENT:
-        for k in tl.static_range(BLOCKS):
-            source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-            weights = weights + load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, False)
+        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, False)
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]

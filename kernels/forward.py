@@ -4,12 +4,22 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_rows, wait
-from .tiles import add_products, load_gates, load_weights, units_per_slice
+from .tiles import add_products, load_gates, load_resident, load_weights, units_per_slice
 
 
 # T, B and what follows from them stay run-time values whatever they are: a new length compiles nothing.
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start", "step_base", "h_first", "h_slots", "tile_first"],
+    do_not_specialize=[
+        "batch",
+        "steps",
+        "t_first",
+        "t_step",
+        "chunk_start",
+        "step_base",
+        "h_first",
+        "h_slots",
+        "tile_first",
+    ],
     do_not_specialize_on_alignment=["lengths_ptr", "c_in_ptr", "counter_ptr", "c_out_ptr"],
 )
 def forward_kernel(
@@ -92,12 +102,9 @@ def forward_kernel(
     # A single program that holds all units keeps h in registers: nothing is exchanged through memory.
     LOCAL: tl.constexpr = RESIDENT and SLICES == 1 and BLOCKS == 1 and BLOCK_N == BLOCK_K
 
-    # Tile k holds the rows of Uᵀ that meet units k·BLOCK_K and up of h, for all gates.
     weights = ()
     if RESIDENT:
-        for k in tl.static_range(BLOCKS):
-            source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-            weights = weights + load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, True)
+        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, True)
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]

@@ -48,6 +48,20 @@ def formula_update(z, stats, c, gamma, beta):
 
 
 @triton.jit
+def grad_of_state(z, i, c, c_prev, dh, dc):
+    """Differentiate c = f·c_prev + i·g and h = o·tanh(c): return dz of f|g|o, dc of the step before, and di."""
+    f = tl.sigmoid(z[1])
+    g = tanh(z[2])
+    o = tl.sigmoid(z[3])
+    tanh_c = tanh(c)
+    dc += dh * o * (1.0 - tanh_c * tanh_c)
+    dz_f = dc * c_prev * f * (1.0 - f)
+    dz_g = dc * i * (1.0 - g * g)
+    dz_o = dh * tanh_c * o * (1.0 - o)
+    return (dz_f, dz_g, dz_o), dc * f, dc * g
+
+
+@triton.jit
 def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     """Return S1 = Σ dp·p, S2 = Σ dx̂ and S3 = Σ dx̂·x̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
     mean, rstd, lse = stats
@@ -55,20 +69,13 @@ def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     xhat = (s - mean[:, None]) * rstd[:, None]
     n = gamma * xhat + beta
     p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
-    f = tl.sigmoid(z[1])
-    g = tanh(z[2])
-    o = tl.sigmoid(z[3])
-    tanh_c = tanh(c)
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
-    dz_f = dc * c_prev * f * (1.0 - f)
-    dz_g = dc * n * p * (1.0 - g * g)
-    dz_o = dh * tanh_c * o * (1.0 - o)
-    dn = dc * g * p
+    dz, dc_prev, di = grad_of_state(z, n * p, c, c_prev, dh, dc)
+    dn = di * p
     dxhat = gamma * dn
     dp_p = dn * n
     sums = (tl.sum(dp_p, 1), tl.sum(dxhat, 1), tl.sum(dxhat * xhat, 1))
     pending = (rstd[:, None] * s * (1.0 - s), xhat, dxhat, p, dp_p)
-    return sums, (dz_f, dz_g, dz_o), pending, dc * f, dn * xhat, dn
+    return sums, dz, pending, dc_prev, dn * xhat, dn
 
 
 @triton.jit
@@ -109,19 +116,10 @@ def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     s = tl.sigmoid(z[0])
     p = z[4]
     qhat = tl.where(mask, (s * p - mean[:, None]) * rstd[:, None], 0.0)
-    i = gamma * qhat + beta
-    f = tl.sigmoid(z[1])
-    g = tanh(z[2])
-    o = tl.sigmoid(z[3])
-    tanh_c = tanh(c)
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
-    dz_f = dc * c_prev * f * (1.0 - f)
-    dz_g = dc * i * (1.0 - g * g)
-    dz_o = dh * tanh_c * o * (1.0 - o)
-    di = dc * g
+    dz, dc_prev, di = grad_of_state(z, gamma * qhat + beta, c, c_prev, dh, dc)
     dqhat = gamma * di
     sums = (tl.sum(dqhat, 1), tl.sum(dqhat * qhat, 1))
-    return sums, (dz_f, dz_g, dz_o), (s, p, qhat, dqhat), dc * f, di * qhat, di
+    return sums, dz, (s, p, qhat, dqhat), dc_prev, di * qhat, di
 
 
 @triton.jit

@@ -34,6 +34,24 @@ def load_weights(
 
 
 @triton.jit
+def load_resident(
+    weight_ptr,
+    unit,
+    is_unit,
+    RECURRENT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """Load all recurrent weights that meet this slice's units; entry k·RECURRENT + gate is K tile k of a gate."""
+    weights = ()
+    for k in tl.static_range((HIDDEN + BLOCK_K - 1) // BLOCK_K):
+        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights = weights + load_weights(weight_ptr, source, unit, is_unit, RECURRENT, HIDDEN, TRANSPOSE)
+    return weights
+
+
+@triton.jit
 def add_products(z, h, weights, PRECISION: tl.constexpr):
     """Add h weights[k] to the tiles z[k] that have a weight; the others stay as they are."""
     total = ()

@@ -146,7 +146,7 @@ def forced(
 
 @contextlib.contextmanager
 def in_force(pins: Pins) -> Iterator[None]:
-    """Put pins in force that `pinned` has returned, perhaps in another thread: autograd's run backward, without them."""
+    """Put pins in force that `pinned` has returned, perhaps in another thread: autograd runs backward in its own."""
     token = _pins.set(pins)
     try:
         yield
@@ -318,7 +318,7 @@ def _candidate(
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
-    # Fewest that keep every register on chip, as the compile report shows. On AMD more of them get fewer registers each.
+    # Fewest that keep every register on chip, as the compile report shows. On AMD more warps get fewer registers.
     crowded = elements > 512 or (backward and (block_n == 16 or hidden > 256))
     num_warps = 8 if crowded and device.backend != "hip" else 4
 

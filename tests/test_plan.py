@@ -123,7 +123,9 @@ def test_pins_that_no_plan_can_have(pins, message):
     [
         pytest.param(dict(slices=9), 8, plan.H100, "slices=9: .* hidden=8", id="more-slices-than-units"),
         pytest.param(dict(slices=200), 512, plan.H100, "slices=200: .* H100 holds 132", id="more-than-resident"),
-        pytest.param(dict(slices=2, exchange="none"), 64, plan.H100, "slices=2 needs 'barrier' or 'words'", id="no-exchange"),
+        pytest.param(
+            dict(slices=2, exchange="none"), 64, plan.H100, "slices=2 needs 'barrier' or 'words'", id="no-exchange"
+        ),
         pytest.param(dict(slices=1, exchange="barrier"), 64, plan.H100, "slices=1 needs 'none'", id="one-slice"),
         pytest.param(dict(exchange="barrier"), 1, plan.H100, "needs two slices: hidden=1", id="barrier-of-one"),
         pytest.param(

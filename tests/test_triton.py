@@ -9,7 +9,7 @@ from novolstm_triton import plan
 from novolstm_triton.functional import novolstm
 
 from .cooperative import cooperative
-from .problems import Problem, assert_as_exact_as_eager, errors
+from .problems import INPUTS, Problem, assert_as_exact_as_eager, errors
 
 # A device on which every tiling fits and many programs are resident together.
 ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
@@ -112,7 +112,8 @@ def test_bad_numbers_end_and_show(exchange, bad, value):
     inputs, _, grads = Problem(steps=3, batch=2, hidden=6).draw()
     arguments = [a.float() for a in inputs]
     grads = [g.float() for g in grads]
-    target = {"x": arguments[0], "h_0": arguments[1], "c_0": arguments[2], "weight_hh": arguments[4], "dy": grads[0]}[bad]
+    targets = {name: arguments[INPUTS.index(name)] for name in ("x", "h_0", "c_0", "weight_hh")}
+    target = (targets | {"dy": grads[0]})[bad]
     if value == "all-ones":
         target.view(torch.int32).flatten()[0] = -1
     else:
