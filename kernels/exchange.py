@@ -92,9 +92,7 @@ def await_blocks(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr,
 
 
 @triton.jit
-def publish_rows(
-    rows_ptr, values, row, row_mask, slice, step, batch, SLICES: tl.constexpr, EXCHANGE: tl.constexpr
-):
+def publish_rows(rows_ptr, values, row, row_mask, slice, step, batch, SLICES: tl.constexpr, EXCHANGE: tl.constexpr):
     """Store a tuple of rows [R] into this slice's places of the ring [2, B, len(values), SLICES].
 
     `step` counts all steps of the call: it picks the slot and is the tag of "words", whose ring is int64; else fp32.
@@ -132,7 +130,7 @@ def collect_rows(
     BLOCK_S: tl.constexpr,
     EXCHANGE: tl.constexpr,
 ):
-    """Load what all slices have published in `step`: a tuple of tiles [R, BLOCK_S]. One slice takes its own `values`."""
+    """Load what all slices have published in `step`: tiles [R, BLOCK_S]. A single slice takes its own `values`."""
     COUNT: tl.constexpr = len(values)
     slices = tl.arange(0, BLOCK_S)
     mask = row_mask[:, None] & (slices < SLICES)[None, :]
