@@ -1,6 +1,6 @@
 """bench/gpu.py without a GPU: its order, clock, files and workers; and all of it once, in the interpreter."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -17,18 +17,11 @@ import triton
 from novolstm_triton import plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "bench" / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = load_script()
+# Its files find each other so; at the end, where they hide nothing.
+sys.path.append(str(ROOT / "bench"))
+gpu, gpu_processes, gpu_results, gpu_tasks = map(
+    importlib.import_module, ("gpu", "gpu_processes", "gpu_results", "gpu_tasks")
+)
 
 # Answers each task as the task itself says.
 WORKER = """
@@ -53,7 +46,7 @@ def start(tmp_path):
     workers = []
 
     def start():
-        workers.append(gpu.Worker([sys.executable, "-c", WORKER], tmp_path / "log"))
+        workers.append(gpu_processes.Worker([sys.executable, "-c", WORKER], tmp_path / "log"))
         return workers[-1]
 
     yield start
@@ -62,7 +55,7 @@ def start(tmp_path):
 
 
 def test_core_comes_first_checks_before_timings():
-    tasks = gpu.all_tasks()
+    tasks = gpu_tasks.all_tasks()
     kinds = [(task["core"], task["kind"]) for task in tasks]
     assert kinds == sorted(kinds, key=lambda kind: (not kind[0], kind[1] == "rows"))
     timed = [(task["hidden"], task["batch"]) for task in tasks if task["kind"] == "rows" and task["core"]]
@@ -72,7 +65,7 @@ def test_core_comes_first_checks_before_timings():
 def test_every_size_is_timed_in_every_dtype():
     timed = {
         (task["hidden"], task["batch"], entry["layer"], entry["dtype"])
-        for task in gpu.all_tasks()
+        for task in gpu_tasks.all_tasks()
         if task["kind"] == "rows"
         for entry in task["entries"]
     }
@@ -82,13 +75,13 @@ def test_every_size_is_timed_in_every_dtype():
 
 
 def test_names_of_tasks_are_unique():
-    for tasks in (gpu.all_tasks(), gpu.smoke_tasks(), gpu.compilations(gpu.all_tasks())):
+    for tasks in (gpu_tasks.all_tasks(), gpu_tasks.smoke_tasks(), gpu_tasks.compilations(gpu_tasks.all_tasks())):
         names = [task["name"] for task in tasks]
         assert len(set(names)) == len(names)
 
 
 def test_every_pinned_plan_fits_an_h200():
-    tasks = gpu.compilations(gpu.all_tasks())
+    tasks = gpu_tasks.compilations(gpu_tasks.all_tasks())
     assert {task["dtype"] for task in tasks} == {"bf16", "fp16", "fp32"}
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
     for task in tasks:
@@ -101,35 +94,35 @@ def test_every_pinned_plan_fits_an_h200():
 
 def test_nothing_is_timed_while_others_compile():
     timing, checking = {"kind": "rows"}, {"kind": "check"}
-    assert gpu.next_task([timing, checking], compiling=True) is checking
-    assert gpu.next_task([timing], compiling=True) is None
-    assert gpu.next_task([timing, checking], compiling=False) is timing
-    assert gpu.next_task([], compiling=False) is None
+    assert gpu_tasks.next_task([timing, checking], compiling=True) is checking
+    assert gpu_tasks.next_task([timing], compiling=True) is None
+    assert gpu_tasks.next_task([timing, checking], compiling=False) is timing
+    assert gpu_tasks.next_task([], compiling=False) is None
 
 
 def test_lost_entry_is_left_out_of_the_rest():
-    task = gpu.rows(8, 1, 2, gpu.entry("novolstm", "bf16"), gpu.entry("nn.LSTM", "bf16"))
-    rest = gpu.without_lost(task, "novolstm bf16")
+    task = gpu_tasks.rows(8, 1, 2, gpu_tasks.entry("novolstm", "bf16"), gpu_tasks.entry("nn.LSTM", "bf16"))
+    rest = gpu_tasks.without_lost(task, "novolstm bf16")
     assert [entry["layer"] for entry in rest["entries"]] == ["nn.LSTM"]
-    assert gpu.without_lost(rest, "nn.LSTM bf16") is None
-    assert gpu.without_lost(task, "") is None
-    assert gpu.without_lost(gpu.check("exact", 1, 1, 1, "fp32"), "triton") is None
-    (row,) = gpu.failed(task, "silent", "novolstm bf16")
+    assert gpu_tasks.without_lost(rest, "nn.LSTM bf16") is None
+    assert gpu_tasks.without_lost(task, "") is None
+    assert gpu_tasks.without_lost(gpu_tasks.check("exact", 1, 1, 1, "fp32"), "triton") is None
+    (row,) = gpu_results.failed(task, "silent", "novolstm bf16")
     assert (row["layer"], row["error"]) == ("novolstm", "silent")
-    assert len(gpu.failed(task, "silent")) == 2
+    assert len(gpu_results.failed(task, "silent")) == 2
 
 
 def test_slug():
-    assert gpu.slug("NVIDIA H200 (141GB)") == "nvidia-h200-141gb"
+    assert gpu_results.slug("NVIDIA H200 (141GB)") == "nvidia-h200-141gb"
 
 
 def test_report_is_valid_json_and_replaced_whole(tmp_path):
     path = tmp_path / "report.json"
-    gpu.write_json(path, {"old": 1})
-    gpu.write_json(path, {"error": math.nan, "nested": [(math.inf, 1.5)]})
+    gpu_results.write_json(path, {"old": 1})
+    gpu_results.write_json(path, {"error": math.nan, "nested": [(math.inf, 1.5)]})
     assert json.loads(path.read_text()) == {"error": None, "nested": [[None, 1.5]]}
     with pytest.raises(TypeError):
-        gpu.write_json(path, {"not": object()})
+        gpu_results.write_json(path, {"not": object()})
     assert json.loads(path.read_text())["nested"]
     assert os.listdir(tmp_path).count("report.json") == 1
 
@@ -142,18 +135,18 @@ def test_report_is_valid_json_and_replaced_whole(tmp_path):
 def test_lost_worker_says_what_it_was_at(start, task, reason):
     worker = start()
     assert worker.run({"name": "fine"})["results"][0]["ok"]
-    with pytest.raises(gpu.Lost, match=reason) as lost:
+    with pytest.raises(gpu_processes.Lost, match=reason) as lost:
         worker.run({"name": "spinning", **task}, stall_s=1.0)
     assert lost.value.at == "spinning"
     assert worker.process.poll() is not None
 
 
 def test_compilers_outlive_a_lost_worker_and_stop_at_once(start):
-    compilers = gpu.Compilers([{"name": "a"}, {"name": "b", "die": True}, {"name": "c"}], 1, start)
+    compilers = gpu_processes.Compilers([{"name": "a"}, {"name": "b", "die": True}, {"name": "c"}], 1, start)
     while compilers.busy():
         time.sleep(0.01)
     assert compilers.seconds == {"a": 1.5, "c": 1.5}
-    compilers = gpu.Compilers([{"name": "a", "hang": True}], 2, start)
+    compilers = gpu_processes.Compilers([{"name": "a", "hang": True}], 2, start)
     compilers.stop()
     while compilers.busy():
         time.sleep(0.01)
@@ -162,9 +155,9 @@ def test_compilers_outlive_a_lost_worker_and_stop_at_once(start):
 def test_run_goes_on_after_a_lost_worker(start, tmp_path, capsys):
     run = gpu.Run(tmp_path, "cuda", 60.0, 1)
     run.start = start
-    tasks = [gpu.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
+    tasks = [gpu_tasks.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
     tasks[1]["die"] = True
-    run._work_off(tasks, gpu.Compilers([], 0, start))
+    run._work_off(tasks, gpu_processes.Compilers([], 0, start))
     assert [check["ok"] for check in json.loads(run.path.read_text())["checks"]] == [True, False, True]
     assert "ended with 7" in capsys.readouterr().out
     run.drop()
@@ -174,11 +167,11 @@ def test_time_ends_between_tasks(start, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "least_seconds", lambda task: 1.0)
     run = gpu.Run(tmp_path, "cuda", 30.0, 1)
     run.start = start
-    tasks = [gpu.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
+    tasks = [gpu_tasks.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
     tasks[1]["hang"] = True
     names = [task["name"] for task in tasks]
     run.began = time.monotonic() - 28.0
-    run._work_off(tasks, gpu.Compilers([], 0, start))
+    run._work_off(tasks, gpu_processes.Compilers([], 0, start))
     assert [check["name"] for check in run.report["checks"]] == names[:1]
     assert run.report["unfinished"] == names[1:]
 

@@ -1,0 +1,150 @@
+"""What gpu.py runs: checks and timings as JSON-able tasks, their order, and what is left of them when one is lost."""
+
+import functools
+import json
+from typing import Any
+
+Task = dict[str, Any]
+
+
+def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: bool = False, **options: Any) -> Task:
+    """Return a check task; options are fields of tests/problems.py's Problem, and `pins`, arguments of plan.forced."""
+    pins = options.pop("pins", {})
+    problem = dict(steps=steps, batch=batch, hidden=hidden, **options)
+    flags = [options.get("variant", "formula"), *(name for name in ("lengths", "reverse") if options.get(name))]
+    flags += [f"{name}={value}" for name, value in pins.items()]
+    name = f"{test} T{steps}-B{batch}-H{hidden} {dtype} {' '.join(flags)}"
+    return dict(kind="check", name=name, core=core, test=test, problem=problem, dtype=dtype, pins=pins)
+
+
+def rows(hidden: int, batch: int, steps: int, *entries: Task, core: bool = False, **options: Any) -> Task:
+    """Return a timing task, whose entries take turns."""
+    name = f"time H{hidden}-B{batch} {', '.join(entry_name(entry) for entry in entries)}"
+    return dict(
+        kind="rows", name=name, core=core, hidden=hidden, batch=batch, steps=steps, entries=list(entries), **options
+    )
+
+
+def entry(layer: str, dtype: str, **pins: Any) -> Task:
+    """Return one row to be: a layer, a dtype, and pins for the plan."""
+    return dict(layer=layer, dtype=dtype, pins=pins)
+
+
+def entry_name(entry: Task) -> str:
+    """Return what tells the entries of a task apart."""
+    return " ".join([entry["layer"], entry["dtype"], *(f"{name}={value}" for name, value in entry["pins"].items())])
+
+
+def all_tasks() -> list[Task]:
+    """Return everything worth running, the most important first."""
+    tasks = [
+        check("exact", 64, 16, 512, "bf16", core=True, inputs_size=512),
+        check("exact", 64, 16, 128, "bf16", core=True, inputs_size=128),
+        check("exact", 32, 64, 1024, "bf16", core=True, inputs_size=1024),
+        check("exact", 40, 5, 100, "fp32", core=True, lengths=True, reverse=True),
+        check("exact", 33, 33, 256, "fp16", core=True, variant="notebook", lengths=True),
+        check("repeat", 256, 16, 512, "bf16", core=True),
+    ]
+    sixteen_bit = [entry("novolstm", "bf16"), entry("nn.LSTM", "fp16"), entry("nn.LSTM", "bf16")]
+    tasks += [rows(h, b, 1024, *sixteen_bit, core=True) for h in (512, 128, 1024) for b in (16, 64)]
+    return tasks + more_checks() + more_rows(sixteen_bit)
+
+
+def more_checks() -> list[Task]:
+    """Return the checks after the core: shapes by dtypes with every option in turn, pinned plans, long runs."""
+    shapes = [(1, 1, 1), (9, 5, 7), (40, 3, 100), (33, 33, 257), (64, 16, 64), (50, 1, 256), (24, 64, 768)]
+    shapes += [(16, 256, 512), (12, 130, 1024), (6, 8, 2048)]
+    tasks = []
+    for number, (steps, batch, hidden) in enumerate(shapes):
+        for turn, dtype in enumerate(("bf16", "fp32", "fp16"), start=number):
+            options = dict(lengths=turn % 2 == 1, reverse=turn % 3 == 1, seed=turn)
+            options["variant"] = "notebook" if turn % 4 == 2 else "formula"
+            tasks.append(check("exact", steps, batch, hidden, dtype, **options))
+    pinned = [dict(slices=slices) for slices in (1, 2, 4, 8, 16)]
+    pinned += [dict(slices=slices, resident=False) for slices in (1, 8)]
+    pinned += [dict(block_b=32), dict(block_b=64), dict(block_k=32, slices=8), dict(chunk=5), dict(exchange="barrier")]
+    pinned += [dict(exchange="words"), dict(exchange="words", slices=4, chunk=5), dict(exchange="words", slices=16)]
+    for number, pins in enumerate(pinned):
+        options = dict(pins=pins, lengths=number % 2 == 1, reverse=number % 3 == 0)
+        tasks.append(check("exact", 24, 20, 256, "bf16", **options))
+    tasks += [
+        check("exact", 24, 20, 256, "fp32", pins=dict(slices=16, chunk=7), lengths=True),
+        # Nine batch tiles, of which four are resident together.
+        check("exact", 6, 130, 512, "bf16", pins=dict(slices=32, block_b=16)),
+        check("exact", 6, 130, 512, "bf16", pins=dict(slices=32, block_b=16, exchange="words")),
+        check("exact", 24, 20, 128, "fp32", pins=dict(exchange="words", chunk=7), lengths=True, variant="notebook"),
+        check("repeat", 1024, 64, 512, "bf16"),
+        check("repeat", 1024, 64, 512, "bf16", pins=dict(exchange="words")),
+        check("repeat", 256, 64, 1024, "bf16"),
+        check("repeat", 100, 20, 256, "fp32", lengths=True, pins=dict(slices=16, chunk=32)),
+        check("growth", 64, 16, 512, "bf16"),
+        check("long", 65_536, 2, 64, "fp32"),
+        check("long", 65_536, 2, 256, "bf16"),
+    ]
+    return tasks
+
+
+def more_rows(sixteen_bit: list[Task]) -> list[Task]:
+    """Return the timings after the core."""
+    ours, theirs = functools.partial(entry, "novolstm"), functools.partial(entry, "nn.LSTM")
+    tasks = [rows(256, batch, 1024, *sixteen_bit) for batch in (16, 64)]
+    # Slices to compare: those with one possible exchange, then those with two.
+    alternatives = {128: ((1,), (2, 4, 8)), 256: ((1,), (4, 8, 16)), 512: ((1, 8), (16, 32)), 1024: ((16, 32), (64,))}
+    for hidden, (single, either) in alternatives.items():
+        entries = [ours("bf16"), ours("bf16", exchange="words"), *(ours("bf16", slices=s) for s in single + either)]
+        entries += [ours("bf16", slices=s, exchange="words") for s in either]
+        tasks += [rows(hidden, batch, 1024, *entries) for batch in (16, 64)]
+    more = [ours("fp16"), ours("fp32"), theirs("fp32")]
+    tasks += [rows(hidden, batch, 1024, *more) for hidden in (512, 128, 1024, 256) for batch in (16, 64)]
+    for batch in (1, 256):
+        tasks += [rows(hidden, batch, 1024, *sixteen_bit) for hidden in (512, 128, 1024, 256)]
+    tasks += [rows(hidden, 16, 64, entry("reference", "bf16"), rounds=3) for hidden in (128, 512, 1024)]
+    tasks += [rows(512, 16, 64, entry("reference", "fp32"), rounds=3)]
+    tasks += [rows(hidden, batch, 1024, *more) for hidden in (512, 128, 1024, 256) for batch in (1, 256)]
+    tasks += [rows(512, 16, 32, entry("compiled", "bf16"), rounds=5, stall_s=150)]
+    return tasks
+
+
+def smoke_tasks() -> list[Task]:
+    """Return tasks for Triton's interpreter: fp32 and one slice, the only ones that it runs right."""
+    return [
+        check("exact", 3, 2, 5, "fp32"),
+        check("exact", 4, 3, 6, "fp32", variant="notebook", lengths=True, reverse=True, pins=dict(chunk=2)),
+        check("repeat", 2, 1, 3, "fp32"),
+        check("growth", 1, 1, 3, "fp32"),
+        check("long", 16, 1, 4, "fp32"),
+        rows(6, 2, 2, entry("novolstm", "fp32"), entry("nn.LSTM", "fp32"), rounds=1),
+        rows(6, 2, 2, entry("novolstm", "fp32"), entry("novolstm", "fp32", resident=False), rounds=1),
+        rows(6, 2, 2, entry("reference", "fp32"), rounds=1),
+    ]
+
+
+def compilations(tasks: list[Task]) -> list[Task]:
+    """Return the compile tasks for everything that `tasks` launch, without repetitions, in their order."""
+    wanted = {}
+    for task in tasks:
+        problem = task["problem"] if task["kind"] == "check" else task
+        # What decides the kernels.
+        sizes = {name: problem[name] for name in ("hidden", "batch", "lengths", "variant") if problem.get(name)}
+        entries = [task] if task["kind"] == "check" else [e for e in task["entries"] if e["layer"] == "novolstm"]
+        for e in entries:
+            name = json.dumps([sizes, e["dtype"], e["pins"]], sort_keys=True)
+            wanted[name] = dict(kind="compile", name=name, problem=sizes, dtype=e["dtype"], pins=e["pins"])
+    return list(wanted.values())
+
+
+def next_task(pending: list[Task], compiling: bool) -> Task | None:
+    """Return what to run next: the first task, but nothing is timed while others compile. None: wait for them."""
+    return next((task for task in pending if not (compiling and task["kind"] == "rows")), None)
+
+
+def least_seconds(task: Task) -> float:
+    """Return the time without which it is not worth starting a task."""
+    return 8.0 if task["kind"] == "check" else 12.0
+
+
+def without_lost(task: Task, at: str) -> Task | None:
+    """Return what is left of a timing task after its entry named `at` took a worker along; None if nothing is."""
+    entries = task.get("entries", [])
+    rest = [e for e in entries if entry_name(e) != at]
+    return dict(task, entries=rest) if 0 < len(rest) < len(entries) else None
