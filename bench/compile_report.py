@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from novolstm_triton import plan as planning
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.forward import forward_kernel
-from novolstm_triton.launch import CELLS, compile_options, kernel_constants
+from novolstm_triton.launch import CELLS, FUSION, compile_options, kernel_constants
 
 DEVICES = {
     "sm_80": planning.A100,
@@ -65,7 +65,7 @@ def compile_kernel(
         if signature[name].startswith("*") and name not in _IN_INT32
     }
     persistent = kernel in (forward_kernel, backward_kernel)
-    options = compile_options(kernel_plan) if persistent else {}
+    options = compile_options(kernel_plan) if persistent else FUSION
     target = GPUTarget(device.backend, device.arch, device.warp_size)
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     row = dict(arch=arch, hidden=hidden, batch=batch, dtype=dtype, kernel=kernel_name, variant=variant, lengths=lengths)

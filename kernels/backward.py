@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish_gates, publish_rows, wait
-from .tiles import load_gates, load_resident, load_weight
+from .tiles import load_gates, load_resident, load_weight, widen
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,13 +36,22 @@ def statistics_kernel(
     is_unit = unit < HIDDEN
     place = row[:, None] * (GATES * HIDDEN) + unit
     z = load_gates(z_ptr + row_first * (GATES * HIDDEN), place, inside[:, None] & is_unit, GATES, HIDDEN)
-    own = partials(z, HIDDEN * 1.0, is_unit)
+    own = partials(widen(z), HIDDEN * 1.0, is_unit)
     parts = ()
     for k in tl.static_range(len(own)):
         parts = parts + (own[k][:, None],)
     stats = merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
     for k in tl.static_range(STATS):
         tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row_first + row, stats[k], mask=inside)
+
+
+@triton.jit
+def load_stats(stats_ptr, place, stride, STATS: tl.constexpr, mask=None):
+    """Load the STATS row statistics, `stride` apart, of the rows at `place`, as a tuple."""
+    stats = ()
+    for k in tl.static_range(STATS):
+        stats = stats + (tl.load(stats_ptr + k * stride + place, mask=mask),)
+    return stats
 
 
 @triton.jit(
@@ -66,6 +75,7 @@ def cell_states_kernel(
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
 ):
     """Walk a chunk's cell states again from its border; a program owns BLOCK_H units of one row b.
@@ -91,20 +101,25 @@ def cell_states_kernel(
     c = tl.load(c_ptr + tl.cast(row, tl.int64) * HIDDEN + unit, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row)
-    t = t_first
-    for step in range(steps):
-        z_row = tl.cast(t - chunk_start, tl.int64) * batch + row
-        z = load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
+    # Loads of several steps are under way at once, because none depends on the walk: alone each would cost its latency.
+    for first in range(0, steps, UNROLL):
+        z = ()
         stats = ()
-        for k in tl.static_range(STATS):
-            stats = stats + (tl.load(stats_ptr + k * tl.cast(steps, tl.int64) * batch + z_row + tl.arange(0, 1)),)
-        _, c_new = update(z, stats, c, gamma, beta)
-        if HAS_LENGTHS:
-            c = tl.where(t < length, c_new, c)
-        else:
-            c = c_new
-        tl.store(c_ptr + (tl.cast(step + 1, tl.int64) * batch + row) * HIDDEN + unit, c, mask=mask)
-        t += t_step
+        for k in tl.static_range(UNROLL):
+            step = tl.minimum(first + k, steps - 1)
+            z_row = tl.cast(t_first + step * t_step - chunk_start, tl.int64) * batch + row
+            z = z + load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
+            stats = stats + load_stats(stats_ptr, z_row + tl.arange(0, 1), tl.cast(steps, tl.int64) * batch, STATS)
+        for k in tl.static_range(UNROLL):
+            step = first + k + tl.zeros_like(unit)
+            valid = step < steps
+            if HAS_LENGTHS:
+                valid = valid & (t_first + step * t_step < length)
+            step_z = widen(z[k * GATES : (k + 1) * GATES])
+            _, c_new = update(step_z, stats[k * STATS : (k + 1) * STATS], c, gamma, beta)
+            c = tl.where(valid, c_new, c)
+            place = (tl.cast(first + k + 1, tl.int64) * batch + row) * HIDDEN + unit
+            tl.store(c_ptr + place, c, mask=mask & (step < steps))
 
 
 @triton.jit
@@ -280,22 +295,21 @@ def backward_kernel(
     t = t_last
     c = tl.load(c_ptr + steps * size + tile_place + place, mask=mask, other=0.0)
     arrivals = 0
+    chunk_t = tl.cast(t - chunk_start, tl.int64)
+    stats_size = tl.cast(steps, tl.int64) * batch
+    z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
+    stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
+    c_prev = tl.load(c_ptr + (steps - 1) * size + tile_place + place, mask=mask, other=0.0)
+    dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
     for step in range(steps):
-        chunk_t = tl.cast(t - chunk_start, tl.int64)
-        step_place = (chunk_t * size + tile_place) * GATES
-        z = load_gates(z_ptr + step_place, gate_place, mask, GATES, HIDDEN)
-        stats = ()
-        for k in tl.static_range(STATS):
-            stats_place = (k * tl.cast(steps, tl.int64) + chunk_t) * batch + row_first
-            stats = stats + (tl.load(stats_ptr + stats_place + row, mask=in_batch, other=0.0),)
-        c_prev = tl.load(c_ptr + (steps - 1 - step) * size + tile_place + place, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0).to(tl.float32)
+        step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
+        dy_step = dy.to(tl.float32)
         if HAS_LENGTHS:
             valid = (t < length)[:, None]
-            dy = tl.where(valid, dy, 0.0)
-        dh += dy
+            dy_step = tl.where(valid, dy_step, 0.0)
+        dh += dy_step
         own, early, pending, dc_prev, dgamma_step, dbeta_step = grad_local(
-            z, stats, c, c_prev, dh, dc, gamma, beta, is_unit[None, :]
+            widen(z), stats, c, c_prev, dh, dc, gamma, beta, is_unit[None, :]
         )
         if HAS_LENGTHS:
             early = zero_unless(valid, early)
@@ -323,6 +337,19 @@ def backward_kernel(
             late = zero_unless(valid, late)
         publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
 
+        if not LOCAL:
+            arrive(counter, EXCHANGE)
+            arrivals += SLICES
+        # What the next step reads comes while the others arrive; the last step has no next one and reads its own again.
+        t -= tl.where(step + 1 < steps, t_step, 0)
+        chunk_t = tl.cast(t - chunk_start, tl.int64)
+        z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
+        stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
+        c = c_prev
+        c_place = tl.cast(tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
+        c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
+
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if LOCAL:
@@ -331,8 +358,6 @@ def backward_kernel(
             for k in tl.static_range(len(LATE)):
                 dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
         else:
-            arrive(counter, EXCHANGE)
-            arrivals += SLICES
             for k in tl.static_range(len(EARLY)):
                 dh_prev = multiply_exchanged(
                     *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
@@ -349,8 +374,6 @@ def backward_kernel(
         else:
             dh = dh_prev
         dc = dc_prev
-        c = c_prev
-        t -= t_step
 
     tl.store(dh_ptr + tile_place + place, dh, mask=mask)
     tl.store(dc_ptr + tile_place + place, dc, mask=mask)

@@ -42,7 +42,8 @@ def publish(ptr, value, mask, EXCHANGE: tl.constexpr):
     value = value.to(ptr.dtype.element_ty)
     if EXCHANGE == "words":
         # Any NaN becomes the one that is not all ones.
-        value = tl.where(value == value, value, float("nan"))
+        nan = tl.full(value.shape, float("nan"), tl.float32).to(value.dtype)
+        value = tl.where(value == value, value, nan)
     tl.store(ptr, value, mask=mask)
 
 

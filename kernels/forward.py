@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_rows, wait
-from .tiles import add_products, load_gates, load_resident, load_weights, units_per_slice
+from .tiles import add_products, load_gates, load_resident, load_weights, units_per_slice, widen
 
 
 # T, B and what follows from them stay run-time values whatever they are: a new length compiles nothing.
@@ -120,9 +120,10 @@ def forward_kernel(
 
     t = t_first
     step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
-    z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+    x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
     arrivals = 0
     for step in range(steps):
+        z = widen(x_gates)
         h_tile_ptr = h_ring_ptr + (h_first + step) % h_slots * size + tile_place
         # z_k += h U_kᵀ
         if LOCAL:
@@ -177,7 +178,7 @@ def forward_kernel(
         # The last step has no next one: it loads its own input again.
         t = t_first + tl.minimum(step + 1, steps - 1) * t_step
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
-        z = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+        x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
         if not LOCAL:
             wait(counter, arrivals, EXCHANGE)
 

@@ -15,11 +15,20 @@ def units_per_slice(slice, HIDDEN: tl.constexpr, UNITS: tl.constexpr, SLICES: tl
 
 @triton.jit
 def load_gates(z_ptr, place, mask, GATES: tl.constexpr, HIDDEN: tl.constexpr):
-    """Load one tile per gate of z [·, GATES·H], as a tuple in fp32; `place` points into the first gate's block."""
+    """Load one tile per gate of z [·, GATES·H], as a tuple; `place` points into the first gate's block."""
     z = ()
     for gate in tl.static_range(GATES):
-        z = z + (tl.load(z_ptr + gate * HIDDEN + place, mask=mask, other=0.0).to(tl.float32),)
+        z = z + (tl.load(z_ptr + gate * HIDDEN + place, mask=mask, other=0.0),)
     return z
+
+
+@triton.jit
+def widen(z):
+    """Convert tiles to fp32: as late as they are needed, because converting waits for the load."""
+    wide = ()
+    for k in tl.static_range(len(z)):
+        wide = wide + (z[k].to(tl.float32),)
+    return wide
 
 
 @triton.jit

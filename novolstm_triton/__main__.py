@@ -115,9 +115,9 @@ def train_command(
 ) -> int:
     """Train a byte-level language model and write its metrics, weights, loss curve and a sample.
 
-    Without options: on the sources of Python's standard library, on the GPU if there is one, in about two minutes
-    on two CPU cores. Runs under `torchrun --nproc-per-node=N -m novolstm_triton train …`, too. Ctrl-C stops after
-    the step at hand and saves; --resume continues.
+    Without options: on the sources of Python's standard library, on the GPU if there is one, in about one minute on
+    two CPU cores. Runs under `torchrun --nproc-per-node=N -m novolstm_triton train …`, too. Ctrl-C stops after the
+    step at hand and saves; --resume continues.
     """
     values = dict(steps=steps, hidden=hidden, layers=layers, batch=batch, seq=seq, lr=lr, seed=seed, dtype=dtype)
     values |= dict(device=device, backend=backend, cell=cell, variant=variant, max_bytes=max_bytes)

@@ -319,7 +319,7 @@ def _candidate(
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
     # Fewest that keep every register on chip, as the compile report shows. On AMD more warps get fewer registers.
-    crowded = elements > 512 or (backward and (block_n == 16 or hidden > 256))
+    crowded = elements > 512 or (backward and block_n == 16)
     num_warps = 8 if crowded and device.backend != "hip" else 4
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
