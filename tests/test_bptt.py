@@ -278,3 +278,13 @@ def test_double_backward_is_refused(variant):
     (dx,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="backward"):
         dx.square().sum().backward()
+
+
+def test_more_steps_than_sixteen_bits_count():
+    """T = 66,000: the state forgets, so the end must be that of a run over the last steps alone."""
+    inputs, _, _ = Problem(steps=66_000, batch=1, hidden=2).draw()
+    x, *others = (a.float() for a in inputs)
+    whole = novolstm(x, *others, backend="torch")
+    tail = novolstm(x[-500:], *others, backend="torch")
+    torch.testing.assert_close(whole[0][-100:], tail[0][-100:])
+    torch.testing.assert_close(whole[1:], tail[1:])
