@@ -84,10 +84,11 @@ def test_bad_input(changes, error, message):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_bias_is_a_zero_bias(backend):
-    given = arguments()
-    zero = novolstm(**(given | dict(bias=torch.zeros(20))), backend=backend)
-    for a, b in zip(novolstm(**(given | dict(bias=None)), backend=backend), zero, strict=True):
-        assert torch.equal(a, b)
+    with cooperative():
+        given = arguments()
+        zero = novolstm(**(given | dict(bias=torch.zeros(20))), backend=backend)
+        for a, b in zip(novolstm(**(given | dict(bias=None)), backend=backend), zero, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -106,45 +107,49 @@ def test_autocast_sets_the_dtype_of_the_layer(backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_backward_inside_autocast_keeps_its_precision(backend):
     """Autocast is for the user's operators: inside ours it would round every product."""
-    gradients = []
-    for enabled in (False, True):
-        given = {name: a.requires_grad_() for name, a in arguments(seed=1).items()}
-        y, _, _ = novolstm(**given, backend=backend)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y.sum().backward()
-        gradients.append(given["weight_hh"].grad)
-    assert torch.equal(*gradients)
+    with cooperative():
+        gradients = []
+        for enabled in (False, True):
+            given = {name: a.requires_grad_() for name, a in arguments(seed=1).items()}
+            y, _, _ = novolstm(**given, backend=backend)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y.sum().backward()
+            gradients.append(given["weight_hh"].grad)
+        assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("lengths", [None, torch.tensor([3, 1], dtype=torch.int32)], ids=["full", "lengths"])
 def test_operators_pass_opcheck(backend, lengths):
-    given = tuple(arguments().values())
-    options = (1e-5, 1.0, "formula", False, backend, 2)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(functional.forward_op, (*given, lengths, *options), test_utils=tests)
-    y, h_n, c_n, c_border = functional.forward_op(*given, lengths, *options)
-    grads = (torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n))
-    for needs in ([True] * 8, [True, False] * 4):
-        everything = (*grads, *given, lengths, y, c_border, *options, needs)
-        torch.library.opcheck(functional.backward_op, everything, test_utils=tests)
+    with cooperative():
+        given = tuple(arguments().values())
+        options = (1e-5, 1.0, "formula", False, backend, 2)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(functional.forward_op, (*given, lengths, *options), test_utils=tests)
+        y, h_n, c_n, c_border = functional.forward_op(*given, lengths, *options)
+        grads = (torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n))
+        for needs in ([True] * 8, [True, False] * 4):
+            everything = (*grads, *given, lengths, y, c_border, *options, needs)
+            torch.library.opcheck(functional.backward_op, everything, test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_differentiating_twice_raises(backend):
-    given = {name: a.requires_grad_() for name, a in arguments().items()}
-    y, _, _ = novolstm(**given, backend=backend)
-    (first,) = torch.autograd.grad(y.sum(), [given["x"]], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.sum(), [given["weight_hh"]])
+    with cooperative():
+        given = {name: a.requires_grad_() for name, a in arguments().items()}
+        y, _, _ = novolstm(**given, backend=backend)
+        (first,) = torch.autograd.grad(y.sum(), [given["x"]], create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(first.sum(), [given["weight_hh"]])
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nothing_is_kept_without_grad(backend):
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        novolstm(**arguments(), backend=backend)
-    assert kept == []
+    with cooperative():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            novolstm(**arguments(), backend=backend)
+        assert kept == []
 
 
 def test_import_is_light():
@@ -165,16 +170,17 @@ def test_pins_reach_the_torch_backend():
 
 def test_pins_hold_in_backward_whichever_thread_runs_it(monkeypatch):
     """On a GPU autograd's own thread runs backward, and a context variable's value stays behind."""
-    given = {name: a.requires_grad_() for name, a in arguments().items()}
-    with plan.forced(block_b=32):
-        y, _, _ = novolstm(**given, backend="triton")
-    seen = []
-    original = launch.launch_plan
-    monkeypatch.setattr(launch, "launch_plan", lambda *a: seen.append(original(*a)) or seen[-1])
-    thread = threading.Thread(target=y.sum().backward)
-    thread.start()
-    thread.join()
-    assert [p.backward.block_b for p in seen] == [32]
+    with cooperative():
+        given = {name: a.requires_grad_() for name, a in arguments().items()}
+        with plan.forced(block_b=32):
+            y, _, _ = novolstm(**given, backend="triton")
+        seen = []
+        original = launch.launch_plan
+        monkeypatch.setattr(launch, "launch_plan", lambda *a: seen.append(original(*a)) or seen[-1])
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+        assert [p.backward.block_b for p in seen] == [32]
 
 
 @pytest.mark.parametrize(
