@@ -231,7 +231,9 @@ def backward_op(
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk, needs=needs)
-    gradients = implementation.backward(dy, dh_n, dc_n, *inputs, lengths, y, c_border, **options)
+    # A user may call backward inside an autocast region: that would round the products in here, too.
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = implementation.backward(dy, dh_n, dc_n, *inputs, lengths, y, c_border, **options)
     # The operator's schema wants the eight spelled out.
     return tuple(x.new_empty(0) if g is None else g for g in gradients)  # pyright: ignore[reportReturnType]
 

@@ -104,18 +104,28 @@ def test_autocast_sets_the_dtype_of_the_layer(backend):
     assert all(a.grad is not None and a.grad.dtype == torch.float32 for a in given.values())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_only_casts_what_comes_in(backend):
+    """Autocast is for the user's operators: inside ours it would round every product."""
+    given = arguments(seed=1)
+    with cooperative():
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = novolstm(**given, backend=backend)
+        outside = novolstm(**{name: a.bfloat16() for name, a in given.items()}, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_backward_inside_autocast_keeps_its_precision(backend):
-    """Autocast is for the user's operators: inside ours it would round every product."""
-    with cooperative():
-        gradients = []
-        for enabled in (False, True):
-            given = {name: a.requires_grad_() for name, a in arguments(seed=1).items()}
+    gradients = []
+    for enabled in (False, True):
+        given = {name: a.requires_grad_() for name, a in arguments(seed=1).items()}
+        with cooperative():
             y, _, _ = novolstm(**given, backend=backend)
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 y.sum().backward()
-            gradients.append(given["weight_hh"].grad)
-        assert torch.equal(*gradients)
+        gradients.append([a.grad for a in given.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
