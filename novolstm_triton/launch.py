@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from novolstm_triton import plan as planning
+from novolstm_triton import tuned
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.forward import forward_kernel
 from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK, Cell
@@ -251,7 +252,8 @@ def _fill_missing(buffer: Tensor) -> None:
 
 def launch_plan(x: Tensor, hidden: int, cell: Cell) -> LaunchPlan:
     """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
-    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, planning.pinned())
+    in_force = planning.pinned(), tuned.in_force()
+    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, *in_force)
 
 
 def kernel_constants(
@@ -289,8 +291,8 @@ def kernel_constants(
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plan(hidden, batch, dtype, device, recurrent, pins) -> LaunchPlan:
-    return planning.plan(hidden, batch, dtype, device, recurrent=recurrent, pins=pins)
+def _cached_plan(hidden, batch, dtype, device, recurrent, pins, plans) -> LaunchPlan:
+    return planning.plan(hidden, batch, dtype, device, recurrent=recurrent, pins=pins, plans=plans)
 
 
 @functools.lru_cache

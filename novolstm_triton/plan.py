@@ -1,7 +1,8 @@
 """How a layer is launched: a pure function from sizes and device properties to a frozen plan, and pins on its choices.
 
 The plan enumerates the tilings that a kernel accepts, drops those that do not fit the device, and takes the one whose
-modelled time per step is least. No device is needed to plan, and nothing is measured at run time.
+modelled time per step is least. A plan measured beforehand outranks the model; see `tuned.py`. No device is needed to
+plan, and nothing is measured at run time.
 """
 
 import contextlib
@@ -10,9 +11,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from novolstm_triton.tuned import TunedPlans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Pins:
     block_k: int | None = None
     resident: bool | None = None
     exchange: str | None = None
+    num_warps: int | None = None
     chunk: int | None = None
     device: Device | None = None
 
@@ -106,6 +111,7 @@ def forced(
     block_k: int | None = None,
     resident: bool | None = None,
     exchange: str | None = None,
+    num_warps: int | None = None,
     chunk: int | None = None,
     device: Device | None = None,
 ) -> Iterator[None]:
@@ -117,6 +123,7 @@ def forced(
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
         exchange: "none" (one slice), "barrier", or "words" (resident weights only).
+        num_warps: warps per program, a power of two from 1 to 32.
         chunk: time steps per chunk; of the torch backend, too.
         device: plan as if for this device, whatever the tensors are on.
 
@@ -131,12 +138,15 @@ def forced(
             raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {exchange!r}")
+    if num_warps is not None and num_warps not in (1, 2, 4, 8, 16, 32):
+        raise ValueError(f"num_warps: expected a power of two from 1 to 32, got {num_warps}")
     given = dict(
         slices=slices,
         block_b=block_b,
         block_k=block_k,
         resident=resident,
         exchange=exchange,
+        num_warps=num_warps,
         chunk=chunk,
         device=device,
     )
@@ -178,7 +188,14 @@ CHUNK_BYTES = 2**26
 
 
 def plan(
-    hidden: int, batch: int, dtype: torch.dtype, device: Device, *, recurrent: int = 5, pins: Pins | None = None
+    hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    recurrent: int = 5,
+    pins: Pins | None = None,
+    plans: "TunedPlans | None" = None,
 ) -> LaunchPlan:
     """Return how a layer is launched. Pure: equal arguments give equal plans.
 
@@ -189,17 +206,27 @@ def plan(
         device: properties of the GPU (`pins.device` outranks it).
         recurrent: gates with a recurrent weight.
         pins: choices made beforehand; None means those of `forced`.
+        plans: plans measured on devices, which outrank the model and are outranked by pins; None means those in force,
+            see `novolstm_triton.tuned`.
 
     Raises:
         ValueError: pins that the device or the sizes do not allow; the message names the limit and the value.
     """
     pins = _pins.get() if pins is None else pins
     device = pins.device or device
-    itemsize = dtype.itemsize
-    return LaunchPlan(
-        forward=_kernel_plan(hidden, batch, itemsize, device, recurrent, pins, backward=False),
-        backward=_kernel_plan(hidden, batch, itemsize, device, recurrent, pins, backward=True),
-    )
+    if plans is None:
+        # Here, because it reads files whose entries this module checks.
+        from novolstm_triton import tuned
+
+        plans = tuned.in_force()
+    sizes = (hidden, batch, dtype, device)
+
+    def best(backward: bool) -> KernelPlan:
+        choices = plans.choose(*sizes, recurrent=recurrent, backward=backward, pins=pins)
+        kernel_plans = candidates(*sizes, recurrent=recurrent, backward=backward, pins=choices)
+        return min(kernel_plans, key=lambda c: (c.step_us, c.slices, c.block_b))
+
+    return LaunchPlan(forward=best(False), backward=best(True))
 
 
 # Published microbenchmarks of H100 and A100: clocks, bytes per clock and multiprocessor, µs. They only rank plans.
@@ -213,11 +240,26 @@ _FIXED_US = 0.3
 _POINTWISE_US_PER_ELEMENT = 9 / (16 * _CLOCKS_PER_US)
 
 
-def _kernel_plan(
-    hidden: int, batch: int, itemsize: int, device: Device, recurrent: int, pins: Pins, *, backward: bool
-) -> KernelPlan:
+def candidates(
+    hidden: int, batch: int, dtype: torch.dtype, device: Device, *, recurrent: int = 5, backward: bool, pins: Pins
+) -> list[KernelPlan]:
+    """Return the plans of one kernel that the device and the pins allow, in no particular order.
+
+    Args:
+        hidden: units H.
+        batch: rows B.
+        dtype: dtype of x and the weights.
+        device: properties of the GPU; `pins.device` is not looked at.
+        recurrent: gates with a recurrent weight.
+        backward: whether the kernel is backward's or forward's.
+        pins: choices made beforehand.
+
+    Raises:
+        ValueError: there is none; the message names the limit and the value.
+    """
     _check_pins(hidden, device, pins)
-    candidates, least_smem = [], None
+    itemsize = dtype.itemsize
+    fitting, least_smem = [], None
     residencies = (True, False) if pins.resident is None else (pins.resident,)
     if pins.exchange == "words":
         residencies = (True,)
@@ -228,14 +270,14 @@ def _kernel_plan(
             candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
             if candidate.smem_bytes <= device.smem_bytes:
-                candidates.append(candidate)
+                fitting.append(candidate)
                 break
-    if not candidates:
+    if not fitting:
         raise ValueError(
             f"no plan for hidden={hidden} fits {device.name}: the least shared memory under the pins is {least_smem} "
             f"bytes, the limit {device.smem_bytes}"
         )
-    return min(candidates, key=lambda c: (c.step_us, c.slices, c.block_b))
+    return fitting
 
 
 def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
@@ -254,6 +296,11 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
         raise ValueError(
             f"exchange={pins.exchange!r} needs two slices: hidden={hidden}, and {device.name} holds "
             f"{device.multiprocessors} programs at once"
+        )
+    if pins.num_warps is not None and pins.num_warps * device.warp_size > 1024:
+        raise ValueError(
+            f"num_warps={pins.num_warps}: a program has at most 1024 threads, and {device.name} has "
+            f"{device.warp_size} in a warp"
         )
     if pins.exchange == "words" and pins.resident is False:
         raise ValueError("exchange='words' needs the weights on chip, and resident=False streams them")
@@ -320,7 +367,7 @@ def _candidate(
     elements = block_b * block_n
     # Fewest that keep every register on chip, as the compile report shows. On AMD more warps get fewer registers.
     crowded = elements > 512 or (backward and block_n == 16)
-    num_warps = 8 if crowded and device.backend != "hip" else 4
+    num_warps = pins.num_warps or (8 if crowded and device.backend != "hip" else 4)
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
@@ -357,7 +404,7 @@ def _candidate(
         num_warps=num_warps,
         num_stages=num_stages,
         # Shared memory admits one program per multiprocessor here, which the assembler does not know.
-        max_registers=255 if local and device.backend == "cuda" else None,
+        max_registers=255 if local and device.backend == "cuda" and num_warps <= 8 else None,
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )

@@ -82,9 +82,9 @@ def test_large_batch_runs_in_successive_launches():
 @pytest.mark.parametrize("slices", [1, 2, 4, 8])
 @pytest.mark.parametrize("hidden", [8, 64, 100, 257])
 def test_pins_are_honoured(hidden, slices):
-    with plan.forced(slices=slices, block_b=32, block_k=16, resident=False):
+    with plan.forced(slices=slices, block_b=32, block_k=16, resident=False, num_warps=2):
         for p in kernel_plans(hidden, 40, torch.bfloat16, plan.H100):
-            assert (p.slices, p.block_b, p.block_k, p.resident) == (slices, 32, 16, False)
+            assert (p.slices, p.block_b, p.block_k, p.resident, p.num_warps) == (slices, 32, 16, False, 2)
 
 
 def test_pins_nest_and_end():
@@ -110,6 +110,7 @@ def test_exchange_pin(exchange, hidden):
         pytest.param(dict(chunk=-1), "chunk: expected at least 1, got -1", id="chunk"),
         pytest.param(dict(block_b=24), "block_b: expected a power of two of at least 16, got 24", id="block_b"),
         pytest.param(dict(block_k=8), "block_k: expected a power of two of at least 16, got 8", id="block_k"),
+        pytest.param(dict(num_warps=3), "num_warps: expected a power of two from 1 to 32, got 3", id="num_warps"),
         pytest.param(dict(exchange="pigeon"), "exchange: expected one of .*barrier.*, got 'pigeon'", id="exchange"),
     ],
 )
@@ -137,6 +138,7 @@ def test_pins_that_no_plan_can_have(pins, message):
         ),
         pytest.param(dict(exchange="words"), 4096, plan.H100, "least shared memory", id="words-do-not-fit"),
         pytest.param(dict(exchange="words", resident=False), 64, plan.H100, "needs the weights on chip", id="words"),
+        pytest.param(dict(num_warps=32), 64, plan.MI300X, "num_warps=32: .* 1024 threads", id="threads"),
         pytest.param(dict(slices=2), 64, plan.INTERPRETER, "interpreter holds 1", id="interpreter"),
     ],
 )
