@@ -160,10 +160,15 @@ def load(path: str | os.PathLike) -> None:
     put_in_force(TunedPlans((*read(path), *_shipped())))
 
 
-def put_in_force(plans: TunedPlans | None) -> None:
-    """Look plans up in these alone, or with None in NOVOLSTM_PLANS and in this package's again, in every thread."""
+def put_in_force(plans: TunedPlans | None) -> TunedPlans | None:
+    """Look plans up in these alone, or with None in NOVOLSTM_PLANS and in this package's again, in every thread.
+
+    Returns:
+        What this puts out of force, for a later call.
+    """
     global _loaded
-    _loaded = plans
+    before, _loaded = _loaded, plans
+    return before
 
 
 @functools.lru_cache(maxsize=8)
