@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from novolstm_triton import __version__
 
 _EXTRAS = [name for name in ("typer", "tqdm", "matplotlib", "safetensors") if importlib.util.find_spec(name) is None]
@@ -19,7 +21,11 @@ if _EXTRAS:
 
 import typer  # noqa: E402
 
+from novolstm_triton import tune, tuned  # noqa: E402
+from novolstm_triton.doctor import DTYPES as DOCTOR_DTYPES  # noqa: E402
+from novolstm_triton.doctor import Shape, doctor  # noqa: E402
 from novolstm_triton.functional import BACKENDS  # noqa: E402
+from novolstm_triton.isolated import CallError  # noqa: E402
 from novolstm_triton.reference import RECURRENT_GATES  # noqa: E402
 from novolstm_triton.text import UsageError  # noqa: E402
 from novolstm_triton.train import CELLS, DEVICES, DTYPES, TrainConfig, TrainingError, train  # noqa: E402
@@ -130,6 +136,82 @@ def train_command(
     return train(given, out, resume, overwrite)
 
 
+@app.command("tune")
+def tune_command(
+    hidden: Annotated[str, typer.Option(metavar="H,...", help="Units of the layers.")],
+    batch: Annotated[str, typer.Option(metavar="B,...", help="Rows of the layers.")] = "16",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE,...", help=f"Among {', '.join(tuned.DTYPES)}.")] = "bf16",
+    variant: Annotated[str, typer.Option(metavar="VARIANT,...", help="formula, notebook or both.")] = "formula",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File of plans; one that is there is gone on with.")] = Path(
+        "novolstm-plans.json"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Time steps of a timed call.")] = 256,
+    candidates: Annotated[int, typer.Option(min=1, help="How many of the plan's candidates are measured.")] = 24,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, metavar="SECONDS", help="Longest check or timing of one plan, with compilation.")
+    ] = 120.0,
+) -> int:
+    """Measure plans on this machine's GPU and write the fastest to a file.
+
+    Every plan is checked against the torch backend before it is timed. The file is written after each size, and the
+    command goes on with a file that is there. Plans are looked up in it with NOVOLSTM_PLANS=FILE in the environment, or
+    after novolstm_triton.tuned.load(FILE).
+    """
+    wanted = list(
+        tune.keys(
+            _sizes("--hidden", hidden),
+            _sizes("--batch", batch),
+            _names("--dtype", dtype, tuple(tuned.DTYPES)),
+            _names("--variant", variant, tuple(RECURRENT_GATES)),
+        )
+    )
+    if not torch.cuda.is_available():
+        return _fail("tune measures plans on a GPU, and PyTorch sees none here", 1)
+    failed = tune.tune(wanted, out, steps=steps, candidates=candidates, timeout_s=timeout)
+    print(f"{len(wanted) - len(failed)} of {len(wanted)} kernels tuned; to use the plans: {tuned.VARIABLE}={out}")
+    return 1 if failed else 0
+
+
+@app.command("doctor")
+def doctor_command(
+    hidden: Annotated[int, typer.Option(help="Units of the layer.")] = Shape.hidden,
+    batch: Annotated[int, typer.Option(help="Rows.")] = Shape.batch,
+    steps: Annotated[int, typer.Option(help="Time steps.")] = Shape.steps,
+    dtype: Annotated[str, typer.Option(metavar="{" + ",".join(DOCTOR_DTYPES) + "}")] = Shape.dtype,
+    variant: Annotated[str, typer.Option(metavar="{" + ",".join(RECURRENT_GATES) + "}")] = Shape.variant,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", help="auto, cpu or cuda; or a GPU that need not be here, such as h200: its plan alone."
+        ),
+    ] = "auto",
+) -> int:
+    """Say what would run here for a layer and why, and check it against the reference.
+
+    Prints versions, devices, the backend, the plan of the kernels and the limits that apply, then the largest error of
+    each output and gradient. Exit code 0 if all is well, else 1, with what to do.
+    """
+    return doctor(Shape(hidden, batch, steps, dtype, variant), device)
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{option}: expected names among {', '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise UsageError(f"{option}: expected numbers of at least 1 with commas between them, got {text!r}")
+    return list(dict.fromkeys(sizes))
+
+
 def _gate_gain(text: str | None) -> float | str | None:
     try:
         return None if text is None else float(text)
@@ -167,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return app(arguments, prog_name="novolstm", standalone_mode=False) or 0
     except UsageError as error:
         return _fail(str(error), 2)
-    except TrainingError as error:
+    except (TrainingError, CallError) as error:
         return _fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 128 + signal.SIGINT)

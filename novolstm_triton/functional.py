@@ -51,15 +51,24 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: a name that is no backend, here or in the environment variable NOVOLSTM_BACKEND.
     """
+    return explain_backend(backend, device)[0]
+
+
+def explain_backend(backend: str, device: torch.device) -> tuple[str, str]:
+    """Return what `resolve_backend` does and what decided it: "call", "use_backend", "NOVOLSTM_BACKEND" or "device".
+
+    Raises:
+        ValueError: a name that is no backend, here or in the environment variable NOVOLSTM_BACKEND.
+    """
     _check_backend_name(backend, "backend")
-    if backend == "auto":
-        backend = _backend_in_use.get() or "auto"
-    if backend == "auto":
-        backend = os.environ.get("NOVOLSTM_BACKEND") or "auto"
-        _check_backend_name(backend, "NOVOLSTM_BACKEND")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    return backend
+    if backend != "auto":
+        return backend, "call"
+    if (used := _backend_in_use.get() or "auto") != "auto":
+        return used, "use_backend"
+    if (named := os.environ.get("NOVOLSTM_BACKEND") or "auto") != "auto":
+        _check_backend_name(named, "NOVOLSTM_BACKEND")
+        return named, "NOVOLSTM_BACKEND"
+    return ("triton" if device.type == "cuda" else "torch"), "device"
 
 
 def novolstm(
@@ -133,7 +142,7 @@ def novolstm(
                 *arguments, lengths=lengths, eps=eps, gate_gain=float(gate_gain), variant=variant, reverse=reverse
             )
         if backend == "triton":
-            _check_triton(arguments[0])
+            check_triton(arguments[0].dtype, x.device)
         options = (eps, float(gate_gain), variant, reverse, backend)
         return NovoLSTMFunction.apply(*arguments, lengths, *options)
 
@@ -293,13 +302,19 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     return lengths.to(device=x.device, dtype=torch.int32)
 
 
-def _check_triton(x: Tensor) -> None:
-    if x.dtype == torch.float64:
+def check_triton(dtype: torch.dtype, device: torch.device) -> None:
+    """Check that backend "triton" takes tensors of a dtype on a device.
+
+    Raises:
+        TypeError: not that dtype.
+        ValueError: not on that device.
+    """
+    if dtype == torch.float64:
         raise TypeError("backend 'triton' has no float64: use backend='torch', or cast to float32")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"backend 'triton': expected float32, float16 or bfloat16, got {x.dtype}")
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"backend 'triton': expected float32, float16 or bfloat16, got {dtype}")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, got {x.device}: use backend='torch', "
+            f"backend 'triton' needs tensors on a GPU, got {device}: use backend='torch', "
             "or set TRITON_INTERPRET=1 before the first import of triton to debug its kernels on a CPU"
         )
