@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish_gates, publish_rows, wait
-from .tiles import load_gates, load_resident, load_weight, widen
+from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, widen
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -301,6 +301,8 @@ def backward_kernel(
     stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
     c_prev = tl.load(c_ptr + (steps - 1) * size + tile_place + place, mask=mask, other=0.0)
     dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
+    t_after = t_last - tl.minimum(1, steps - 1) * t_step
+    dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
     for step in range(steps):
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
         dy_step = dy.to(tl.float32)
@@ -348,7 +350,6 @@ def backward_kernel(
         c = c_prev
         c_place = tl.cast(tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
@@ -369,11 +370,17 @@ def backward_kernel(
                     *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
                     *(LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                 )
+        dh_prev = leave_tensor_core(dh_prev)
         if HAS_LENGTHS:
             dh = tl.where(valid, dh_prev, dh)
         else:
             dh = dh_prev
         dc = dc_prev
+        # The last load that the next step reads, and so the one whose layout all its pointwise work takes over; were that
+        # the products', every tile would change layout. Loaded two steps ahead, because it comes so late.
+        dy = dy_next
+        t_after = t_last - tl.minimum(step + 2, steps - 1) * t_step
+        dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
 
     tl.store(dh_ptr + tile_place + place, dh, mask=mask)
     tl.store(dc_ptr + tile_place + place, dc, mask=mask)

@@ -93,18 +93,35 @@ def await_blocks(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr,
 
 
 @triton.jit
+def stack(values):
+    """Return one to four rows [R] as the first columns of a tile [R, 1, 2 or 4]."""
+    if len(values) == 1:
+        tile = values[0][:, None]
+    elif len(values) == 2:
+        tile = tl.join(values[0], values[1])
+    else:
+        pairs = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[-1]))
+        tile = tl.reshape(pairs, (values[0].shape[0], 4))
+    return tile
+
+
+@triton.jit
 def publish_rows(rows_ptr, values, row, row_mask, slice, step, batch, SLICES: tl.constexpr, EXCHANGE: tl.constexpr):
     """Store a tuple of rows [R] into this slice's places of the ring [2, B, len(values), SLICES].
 
     `step` counts all steps of the call: it picks the slot and is the tag of "words", whose ring is int64; else fp32.
     """
-    for k in tl.static_range(len(values)):
-        place = rows_ptr + ((step % 2 * batch + row) * len(values) + k) * SLICES + slice
-        if EXCHANGE == "words":
-            bits = values[k].to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-            tl.store(place, (tl.cast(step + 1, tl.int64) << 32) | bits, mask=row_mask)
-        else:
-            tl.store(place, values[k], mask=row_mask)
+    # One store, one change of layout: [R, COLUMNS], the columns beyond the last value masked.
+    tile = stack(values)
+    COLUMNS: tl.constexpr = tile.shape[1]
+    column = tl.arange(0, COLUMNS)[None, :]
+    place = ((step % 2 * batch + row)[:, None] * len(values) + column) * SLICES + slice
+    mask = row_mask[:, None] & (column < len(values))
+    if EXCHANGE == "words":
+        bits = tile.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        tl.store(rows_ptr + place, (tl.cast(step + 1, tl.int64) << 32) | bits, mask=mask)
+    else:
+        tl.store(rows_ptr + place, tile, mask=mask)
 
 
 @triton.jit

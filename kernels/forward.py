@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_rows, wait
-from .tiles import add_products, load_gates, load_resident, load_weights, units_per_slice, widen
+from .tiles import (
+    add_inputs,
+    add_products,
+    load_gates,
+    load_resident,
+    load_weights,
+    units_per_slice,
+    zero_products,
+)
 
 
 # T, B and what follows from them stay run-time values whatever they are: a new length compiles nothing.
@@ -123,11 +131,11 @@ def forward_kernel(
     x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
     arrivals = 0
     for step in range(steps):
-        z = widen(x_gates)
         h_tile_ptr = h_ring_ptr + (h_first + step) % h_slots * size + tile_place
-        # z_k += h U_kᵀ
+        # z_k = x_k + h U_kᵀ
+        products = zero_products(RECURRENT, BLOCK_B, BLOCK_N)
         if LOCAL:
-            z = add_products(z, h, weights, PRECISION)
+            products = add_products(products, h, weights, PRECISION)
         elif RESIDENT:
             if EXCHANGE == "words":
                 h_blocks = await_blocks(h_tile_ptr, row, in_batch, HIDDEN, HIDDEN, BLOCK_K)
@@ -136,14 +144,15 @@ def forward_kernel(
                     h_block = h_blocks[k]
                 else:
                     h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)
-                z = add_products(z, h_block, weights[k * RECURRENT : (k + 1) * RECURRENT], PRECISION)
+                products = add_products(products, h_block, weights[k * RECURRENT : (k + 1) * RECURRENT], PRECISION)
         else:
             for k in range(BLOCKS):
                 h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)
                 source = k * BLOCK_K + tl.arange(0, BLOCK_K)
                 streamed = load_weights(weight_hh_ptr, source, unit, is_unit, RECURRENT, HIDDEN, True)
-                z = add_products(z, h_block, streamed, PRECISION)
+                products = add_products(products, h_block, streamed, PRECISION)
 
+        z = add_inputs(products, x_gates)
         own = partials(z, count, is_unit[None, :])
         if SLICES > 1:
             row_step = step_base + step

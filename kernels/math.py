@@ -17,11 +17,55 @@ def tanh(x):
 
 
 @triton.jit
+def add_pairs(a, b, a_other, b_other):
+    """Combine two pairs by addition; for tl.reduce."""
+    return a + a_other, b + b_other
+
+
+@triton.jit
+def add_triples(a, b, c, a_other, b_other, c_other):
+    """Combine two triples by addition; for tl.reduce."""
+    return a + a_other, b + b_other, c + c_other
+
+
+@triton.jit
+def add_and_maximum(total, maximum, total_other, maximum_other):
+    """Combine two pairs, the first by addition, the second by the maximum; for tl.reduce."""
+    return total + total_other, tl.maximum(maximum, maximum_other)
+
+
+@triton.jit
+def row_sums(tiles):
+    """Return the row sums of a tuple of tiles [R, N] in one reduction, however many they are (one to three)."""
+    if len(tiles) == 1:
+        sums = (tl.sum(tiles[0], 1),)
+    elif len(tiles) == 2:
+        sums = tl.reduce(tiles, 1, add_pairs)
+    else:
+        sums = tl.reduce(tiles, 1, add_triples)
+    return sums
+
+
+@triton.jit
 def mean_and_m2(x, count, mask):
     """Return the mean and the sum of squared deviations of each row of x [R, N], over its `count` unmasked columns."""
     mean = tl.sum(tl.where(mask, x, 0.0), 1) / tl.maximum(count, 1.0)
     deviation = tl.where(mask, x - mean[:, None], 0.0)
     return mean, tl.sum(deviation * deviation, 1)
+
+
+@triton.jit
+def mean_m2_and_logsumexp(x, y, count, mask):
+    """Return `mean_and_m2` of x, then the maximum of y and Σ exp(y − maximum), tiles [R, N] alike, in two reductions."""
+    x = tl.where(mask, x, 0.0)
+    y = tl.where(mask, y, float("-inf"))
+    total, maximum = tl.reduce((x, y), 1, add_and_maximum)
+    mean = total / tl.maximum(count, 1.0)
+    # Finite even when every column is masked, so that no −∞ − (−∞) arises.
+    maximum = tl.maximum(maximum, -3.0e38)
+    deviation = tl.where(mask, x - mean[:, None], 0.0)
+    m2, sumexp = tl.reduce((deviation * deviation, tl.exp(y - maximum[:, None])), 1, add_pairs)
+    return mean, m2, maximum, sumexp
 
 
 @triton.jit
@@ -36,16 +80,7 @@ def merge_mean_and_m2(mean, m2, count, total):
 
 
 @triton.jit
-def max_and_sumexp(x, mask):
-    """Return the maximum of each row of x [R, N] and Σ exp(x − maximum), over its unmasked columns."""
-    x = tl.where(mask, x, float("-inf"))
-    # Finite even when every column is masked, so that no −∞ − (−∞) arises.
-    maximum = tl.maximum(tl.max(x, 1), -3.0e38)
-    return maximum, tl.sum(tl.exp(x - maximum[:, None]), 1)
-
-
-@triton.jit
 def merge_logsumexp(maximum, sumexp):
-    """Merge maxima and sums [R, S] of `max_and_sumexp` into log Σ exp over all columns."""
+    """Merge maxima [R, S] of parts and their Σ exp(· − maximum) into log Σ exp over all columns."""
     merged = tl.max(maximum, 1)
     return merged + tl.log(tl.sum(sumexp * tl.exp(maximum - merged[:, None]), 1))

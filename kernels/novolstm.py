@@ -19,15 +19,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .math import max_and_sumexp, mean_and_m2, merge_logsumexp, merge_mean_and_m2, tanh
+from .math import mean_and_m2, mean_m2_and_logsumexp, merge_logsumexp, merge_mean_and_m2, row_sums, tanh
 
 
 @triton.jit
 def formula_partials(z, count, mask):
     """Return mean and M2 of σ(z_i), maximum and Σexp of z_p."""
-    mean, m2 = mean_and_m2(tl.sigmoid(z[0]), count, mask)
-    maximum, sumexp = max_and_sumexp(z[4], mask)
-    return mean, m2, maximum, sumexp
+    return mean_m2_and_logsumexp(tl.sigmoid(z[0]), z[4], count, mask)
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     dn = di * p
     dxhat = gamma * dn
     dp_p = dn * n
-    sums = (tl.sum(dp_p, 1), tl.sum(dxhat, 1), tl.sum(dxhat * xhat, 1))
+    sums = row_sums((dp_p, dxhat, dxhat * xhat))
     pending = (rstd[:, None] * s * (1.0 - s), xhat, dxhat, p, dp_p)
     return sums, dz, pending, dc_prev, dn * xhat, dn
 
@@ -118,7 +116,7 @@ def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     qhat = tl.where(mask, (s * p - mean[:, None]) * rstd[:, None], 0.0)
     dz, dc_prev, di = grad_of_state(z, gamma * qhat + beta, c, c_prev, dh, dc)
     dqhat = gamma * di
-    sums = (tl.sum(dqhat, 1), tl.sum(dqhat * qhat, 1))
+    sums = row_sums((dqhat, dqhat * qhat))
     return sums, dz, (s, p, qhat, dqhat), dc_prev, di * qhat, di
 
 

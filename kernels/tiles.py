@@ -61,12 +61,52 @@ def load_resident(
 
 
 @triton.jit
-def add_products(z, h, weights, PRECISION: tl.constexpr):
-    """Add h weights[k] to the tiles z[k] that have a weight; the others stay as they are."""
+def zero_products(RECURRENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return a tuple of fp32 zeros to which `add_products` adds, one tile per recurrent weight."""
+    products = ()
+    for _ in tl.static_range(RECURRENT):
+        products = products + (tl.zeros((BLOCK_B, BLOCK_N), tl.float32),)
+    return products
+
+
+@triton.jit
+def add_products(products, h, weights, PRECISION: tl.constexpr):
+    """Add h weights[k] to products[k]."""
     total = ()
     for gate in tl.static_range(len(weights)):
-        total = total + (tl.dot(h, weights[gate], z[gate], input_precision=PRECISION),)
-    return total + z[len(weights) :]
+        total = total + (tl.dot(h, weights[gate], products[gate], input_precision=PRECISION),)
+    return total
+
+
+@triton.jit
+def leave_tensor_core(product):
+    """Return a sum of products as it is, but free of the layout in which tensor cores leave it.
+
+    That layout would spread to all pointwise work: each tile loaded would be converted to it, and each one stored back,
+    with two block barriers, and sums over a row would cross warps. What a reduction returns has no such pull: the
+    compiler converts the product instead, to the layout of loads and stores, in which a warp holds whole rows.
+    """
+    return tl.sum(tl.reshape(product, (product.shape[0], product.shape[1], 1)), 2)
+
+
+@triton.jit
+def add_inputs(products, x):
+    """Return the pre-activations: fp32 tiles x[k] + products[k], or x[k] alone where there is no product."""
+    z = ()
+    # Four at a time change their layout together, at the price of one.
+    JOINED: tl.constexpr = len(products) // 4 * 4
+    for k in tl.static_range(0, JOINED, 4):
+        a, b = leave_tensor_core(products[k]), leave_tensor_core(products[k + 1])
+        c, d = leave_tensor_core(products[k + 2]), leave_tensor_core(products[k + 3])
+        joined = tl.join(tl.join(a, b), tl.join(c, d))
+        joined += tl.join(tl.join(x[k], x[k + 1]), tl.join(x[k + 2], x[k + 3])).to(tl.float32)
+        ab, cd = tl.split(joined)
+        a, b = tl.split(ab)
+        c, d = tl.split(cd)
+        z = z + (a, b, c, d)
+    for k in tl.static_range(JOINED, len(products)):
+        z = z + (x[k].to(tl.float32) + leave_tensor_core(products[k]),)
+    return z + widen(x[len(products) :])
 
 
 @triton.jit

@@ -30,7 +30,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
-from .interpreter_repairs import REPAIRS
+from .interpreter_repairs import REPAIRS, generic_reduce
 from .schedules import POLICIES, Program
 
 __all__ = [
@@ -187,6 +187,12 @@ class _Grid:
             if hasattr(builder, name):
                 wrapped = functools.partial(wrapper, getattr(builder, name))
                 patches.enter_context(mock.patch.object(builder, name, wrapped))
+        reduce = interpreter.ReduceOps.generic_reduce
+
+        def repaired(reduction, inputs):
+            return generic_reduce(reduce, reduction, inputs)
+
+        patches.enter_context(mock.patch.object(interpreter.ReduceOps, "generic_reduce", repaired))
 
     def patch_lang(self, patch: Callable, function: Callable):
         """Patches triton.language, once: the interpreter does it at every call of a helper, at many times its cost."""

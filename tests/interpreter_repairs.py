@@ -1,4 +1,4 @@
-"""Corrects what the interpreters of Triton 3.6 to 3.9 get wrong and GPUs do not: bfloat16, mostly.
+"""Corrects what the interpreters of Triton 3.6 to 3.9 get wrong and GPUs do not: bfloat16, mostly; and what is slow.
 
 Each function takes the interpreter's own method first, then its arguments; `cooperative` puts them in place.
 """
@@ -47,6 +47,25 @@ def splat(operation, shape, scalar: TensorHandle) -> TensorHandle:
     """The interpreter turns a scalar condition into integers, which make no mask for Triton 3.9."""
     block = operation(shape, scalar)
     return TensorHandle(block.data.astype(scalar.data.dtype), block.dtype)
+
+
+def generic_reduce(operation, reduction, inputs: tuple) -> list:
+    """The interpreter combines one element after another; here all rows at once, and pairs of columns as a GPU does."""
+    if reduction.axis is None:
+        return operation(reduction, inputs)
+    columns = [np.moveaxis(tile.handle.data, reduction.axis, 0) for tile in inputs]
+    while (count := len(columns[0])) > 1:
+        half = count // 2
+        parts = [values[first : first + half] for first in (0, half) for values in columns]
+        tensors = [reduction.to_tensor(part, tile.dtype) for part, tile in zip(parts, inputs * 2, strict=True)]
+        combined = reduction.combine_fn.fn(*tensors)
+        combined = combined if isinstance(combined, tuple) else (combined,)
+        rest = [values[2 * half :] for values in columns]
+        columns = [np.concatenate([new.handle.data, old]) for new, old in zip(combined, rest, strict=True)]
+    results = [values[0] for values in columns]
+    if reduction.keep_dims:
+        results = [np.expand_dims(values, reduction.axis) for values in results]
+    return [reduction.to_tensor(values, tile.dtype) for values, tile in zip(results, inputs, strict=True)]
 
 
 REPAIRS = {"cast_impl": cast, "binary_op": binary, "create_dot": dot, "create_splat": splat}
