@@ -341,7 +341,7 @@ def _loops_k(
         # One tile that is h itself: it stays in registers.
         yield slicing.block_n, 1
     elif resident:
-        yield _block_k(hidden, (512 if backward and itemsize == 2 else 256) // itemsize), 1
+        yield _block_k(hidden, 1024 // itemsize), 1
     else:
         sizes = (128 // itemsize, 64 // itemsize, 16) if pins.block_k is None else (pins.block_k,)
         yield from ((size, stages) for size, stages in itertools.product(sizes, (3, 2, 1)) if size >= 16)
@@ -417,5 +417,5 @@ def _tile(units: int) -> int:
 
 def _block_k(hidden: int, largest: int) -> int:
     """Return the largest K tile ≤ `largest` that pads H little; small ones cost instructions, big ones registers."""
-    sizes = [size for size in (16, 32, 64, 128, 256) if size <= largest]
+    sizes = [size for size in (16, 32, 64, 128, 256, 512) if size <= largest]
     return max(sizes, key=lambda size: (-math.ceil(-(-hidden // size) * size / hidden * 8), size))
