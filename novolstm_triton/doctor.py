@@ -79,8 +79,7 @@ def doctor(shape: Shape, device: str = "auto", say: Callable[[str], None] = prin
     report.devices()
     report.tuned_files()
     backend = report.backend()
-    if backend is not None:
-        report.plans(backend)
+    if backend is not None and report.plans(backend):
         report.self_check(backend)
     return report.end()
 
@@ -126,7 +125,7 @@ class _Report:
         self._say(title)
 
     def _line(self, name: str, text: object) -> None:
-        self._say(f"  {name:<16} {text}")
+        self._say(f"  {name:<18} {text}")
 
     def _problem(self, text: str) -> None:
         self._line("PROBLEM", text)
@@ -150,7 +149,8 @@ class _Report:
 
     def tuned_files(self) -> None:
         """Print which tuned plans are looked up."""
-        self._part(f"Tuned plans, of {tuned.VARIABLE}={os.environ.get(tuned.VARIABLE, '')} and of this package")
+        self._part("Tuned plans")
+        self._line(tuned.VARIABLE, os.environ.get(tuned.VARIABLE) or "is not set")
         try:
             files = tuned.in_force().files
         except ValueError as error:
@@ -185,20 +185,24 @@ class _Report:
                 return None
         return name
 
-    def plans(self, backend: str) -> None:
-        """Print how the layer is launched; on a device that is not here, by the kernels."""
+    def plans(self, backend: str) -> bool:
+        """Print how the layer is launched; on a device that is not here, by the kernels. Return whether it can be."""
         shape = self._shape
         if self._absent is not None:
             backend = "triton"
         if backend == "reference":
             self._part("Plan: none, the reference is a loop under autograd")
-            return
+            return True
         itemsize = self._dtype.itemsize
         if backend == "triton":
-            device = self._absent or Device(**measure.describe_device(str(self._where)))
+            try:
+                device = self._absent or Device(**measure.describe_device(str(self._where)))
+            except ImportError as error:
+                self._problem(f"{error}: install triton, or take backend='torch'")
+                return False
             self._part(f"Plan on {device.name}" + (", as if it were here" if self._absent else ""))
             if not self._kernel_plans(device):
-                return
+                return False
             buffer_dtype = self._dtype
         else:
             self._part("Plan")
@@ -208,6 +212,7 @@ class _Report:
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")
         self._line("workspace", f"{gates_bytes:,} bytes for a chunk's pre-activations, its largest buffer;")
         self._line("", "in backward as many more for their gradients")
+        return True
 
     def _kernel_plans(self, device: Device) -> bool:
         shape, recurrent = self._shape, RECURRENT_GATES[self._shape.variant]
@@ -292,8 +297,9 @@ class _Report:
     def end(self) -> int:
         """Print the limits and the verdict, and return the exit code."""
         self._part("Limits")
-        self._line("triton", "no fp64; a GPU; all slices of a batch tile resident together")
-        self._line("all", "no PackedSequence, no proj_size; second derivatives with backend='reference' only")
+        self._line("fp64", "needs backend='torch' or 'reference', on a GPU, too")
+        self._line("kernels", "need a GPU that holds all slices of a batch tile at once")
+        self._line("second derivatives", "need backend='reference'")
         self._say("")
         if self._problems:
             self._say(f"{len(self._problems)} problem{'s' * (len(self._problems) > 1)}, see above.")

@@ -31,7 +31,8 @@ def describe_device(where: str) -> dict[str, Any]:
     # It imports triton.
     from novolstm_triton import launch
 
-    return dataclasses.asdict(launch._device(torch.device(where)))
+    # Of a tensor: its device has the number that "cuda" lacks.
+    return dataclasses.asdict(launch._device(torch.empty(0, device=where).device))
 
 
 def check_backend(problem: dict[str, Any], dtype: str, backend: str) -> dict[str, tuple[float, float]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def errors_of(text):
 def test_cpu_is_checked(doctor):
     code, text = doctor(*SMALL)
     assert code == 0
-    assert '"auto" is        torch: tensors are on the CPU' in text
+    assert '"auto" is          torch: tensors are on the CPU' in text
     assert "H=20 B=3 T=9 fp32, variant formula" in text
     assert "PyTorch sees no GPU" in text
     for version in environment.versions().values():
@@ -76,7 +77,7 @@ def test_wrong_result_is_noticed(wrong, doctor, monkeypatch):
     monkeypatch.setattr(bptt, "backward", backward)
     code, text = doctor(*SMALL)
     assert code == 1
-    assert "PROBLEM          wrong results in grad weight_ih: take backend='reference'" in text
+    assert "PROBLEM            wrong results in grad weight_ih: take backend='reference'" in text
     assert text.count("WRONG") == 1
     assert "All is well" not in text
 
@@ -92,7 +93,7 @@ def test_kernels_are_checked_in_the_interpreter(doctor, monkeypatch):
     monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
     code, text = doctor(*SMALL)
     assert code == 0, text
-    assert '"auto" is        triton: NOVOLSTM_BACKEND is set so' in text
+    assert '"auto" is          triton: NOVOLSTM_BACKEND is set so' in text
     assert "Plan on interpreter" in text
     assert "Self-check: triton on cpu" in text
     assert all(error <= bound for error, bound in errors_of(text).values())
@@ -103,7 +104,18 @@ def test_backend_that_cannot_run_is_a_problem(doctor, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     code, text = doctor(*SMALL)
     assert code == 1
-    assert "PROBLEM          the call raises: backend 'triton' needs tensors on a GPU" in text
+    assert "PROBLEM            the call raises: backend 'triton' needs tensors on a GPU" in text
+
+
+def test_missing_triton_is_a_problem(doctor, monkeypatch):
+    monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
+    monkeypatch.delitem(sys.modules, "novolstm_triton.launch", raising=False)
+    monkeypatch.delattr("novolstm_triton.launch", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    code, text = doctor(*SMALL)
+    assert code == 1
+    assert "install triton, or take backend='torch'" in text
+    assert "Self-check" not in text
 
 
 def test_unknown_backend_is_a_problem(doctor, monkeypatch):
@@ -117,7 +129,7 @@ def test_backend_of_a_block_is_told(capsys):
     with functional.use_backend("reference"):
         assert main(SMALL) == 0
     text = capsys.readouterr().out
-    assert '"auto" is        reference: use_backend says so' in text
+    assert '"auto" is          reference: use_backend says so' in text
     assert "Plan: none" in text
 
 
@@ -127,7 +139,7 @@ def test_plan_for_a_gpu_that_is_not_here(name, doctor):
     assert code == 0
     assert ", as if it were here" in text
     assert "Self-check: none" in text
-    for line in ("forward", "backward", "  chosen         by the model", "  weights        st"):
+    for line in ("forward", "backward", "  chosen           by the model", "  weights          st"):
         assert f"  {line}" in text
 
 
@@ -138,7 +150,7 @@ def test_plan_is_the_one_that_plan_returns(doctor):
         choices = tuned.choices_of(kernel_plan)
         assert " ".join(f"{name}={value}" for name, value in choices.items()) in text
         assert f"at most {kernel_plan.smem_bytes:,} of 166,912 bytes" in text
-        assert f"launches       {-(-kernel_plan.tiles // kernel_plan.tiles_per_launch)} per chunk" in text
+        assert f"launches         {-(-kernel_plan.tiles // kernel_plan.tiles_per_launch)} per chunk" in text
         assert not kernel_plan.resident
     assert "stream from L2 in every step: no plan holds them in shared memory" in text
 
@@ -159,7 +171,7 @@ def test_tuned_plan_is_told(doctor, tmp_path):
     assert code == 0
     # The device of the file comes before the one that plan.py knows.
     assert "Plan on NVIDIA H200" in text
-    assert f"chosen         measured 1.25 µs a step at B=64, in {tmp_path / 'plans.json'}" in text
+    assert f"chosen           measured 1.25 µs a step at B=64, in {tmp_path / 'plans.json'}" in text
     assert text.count("by the model") == 1
 
 
@@ -196,4 +208,4 @@ def test_bad_file_of_plans_is_a_problem(doctor, monkeypatch, tmp_path):
     monkeypatch.setenv(tuned.VARIABLE, str(tmp_path))
     code, text = doctor(*SMALL)
     assert code == 1
-    assert "PROBLEM          NOVOLSTM_PLANS: " in text
+    assert "PROBLEM            NOVOLSTM_PLANS: " in text

@@ -64,6 +64,8 @@ def test_wheel_holds_the_kernels_inside_the_package_only(wheel):
     installed = sorted(name.split("/")[-1] for name in names if name.startswith("novolstm_triton/kernels/"))
     assert installed == sorted([*KERNELS, "README.md"])
     assert "novolstm_triton/py.typed" in names
+    plans = {path.name for path in (ROOT / "novolstm_triton" / "plans").iterdir()}
+    assert {name for name in names if "/plans/" in name} == {f"novolstm_triton/plans/{name}" for name in plans}
 
 
 def test_sdist_builds_the_same_and_brings_the_tests(source, wheel, tmp_path):
