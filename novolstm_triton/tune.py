@@ -22,8 +22,13 @@ from novolstm_triton.reference import RECURRENT_GATES
 from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import DTYPES, Entry, Key
 
-_LADDERS = dict(block_k=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8, 16), exchange=plan.EXCHANGES)
-"""Values that a choice is tried with, where it is no bool and the candidates do not differ in it by themselves."""
+_LADDERS: dict[str, tuple] = dict(
+    block_k=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8, 16), exchange=plan.EXCHANGES, exchanges=(1, 2)
+)
+"""Values that a choice is tried with, where it is no bool and the candidates do not differ in it by themselves.
+
+A name that is no pin is not looked at.
+"""
 
 Choices = dict[str, Any]
 """Values of pins by name."""

@@ -68,16 +68,16 @@ def test_keys_are_all_combinations_in_both_directions():
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_candidates_start_with_the_models_choice_and_use_every_exchange(direction):
-    key = dataclasses.replace(KEY, direction=direction)
+    key = dataclasses.replace(KEY, hidden=64, direction=direction)
     choices = tune.enumerate_choices(key, GPU)
-    modelled = plan.plan(256, 16, torch.bfloat16, GPU, plans=tuned.TunedPlans())
+    modelled = plan.plan(64, 16, torch.bfloat16, GPU, plans=tuned.TunedPlans())
     assert choices[0] == tuned.choices_of(getattr(modelled, direction))
     assert {c["exchange"] for c in choices} == set(plan.EXCHANGES)
     assert len({c["slices"] for c in choices}) > 2
     assert {c["resident"] for c in choices} == {True, False}
     for one in choices:
         # Pinned again, a candidate is a plan with these choices.
-        again = plan.candidates(256, 16, torch.bfloat16, GPU, backward=direction == "backward", pins=plan.Pins(**one))
+        again = plan.candidates(64, 16, torch.bfloat16, GPU, backward=direction == "backward", pins=plan.Pins(**one))
         assert one in [tuned.choices_of(kernel_plan) for kernel_plan in again]
 
 
