@@ -381,3 +381,33 @@ def with_measured(gpu: Gpu, measured: Mapping[str, float | dict[int, float]]) ->
             raise ValueError(f"{name}: expected positive numbers, got {value}")
         fields[name] = tuple(sorted((int(k), v) for k, v in value.items())) if isinstance(value, dict) else value
     return dataclasses.replace(gpu, **fields)
+
+
+def best_slicing(cell: Cell, sizes: Sizes, gpu: Gpu) -> Slicing:
+    """Return the slicing whose forward floor is least, with either exchange: what a layer without a plan is held to."""
+    slicings = [Slicing(1, block_b, "none") for block_b in (16, 32, 64)]
+    for slices in (2, 4, 8, 16, 32, 64, 96, 128):
+        if slices <= min(gpu.multiprocessors, sizes.hidden):
+            slicings += [Slicing(slices, block_b, name) for block_b in (16, 32, 64) for name in ("barrier", "words")]
+    return min(slicings, key=lambda slicing: step_us(cell, sizes, slicing, gpu))
+
+
+def of_plan(cell: Cell, sizes: Sizes, gpu: Gpu | None, plans: Mapping | None, *, backward: bool) -> float | None:
+    """Return the floor of a step in µs under a layer's plan, or under the best slicing where it has none.
+
+    Args:
+        cell: the cell.
+        sizes: the layer's sizes.
+        gpu: the device; None if its constants are not known.
+        plans: `novolstm_triton.plan.KernelPlan` of "forward" and of "backward"; None for another layer.
+        backward: whether to count both passes.
+
+    Returns:
+        None without constants of the device, and for the backward of a layer whose way to do it is not known.
+    """
+    if gpu is None or (backward and plans is None):
+        return None
+    if plans is None:
+        return step_us(cell, sizes, best_slicing(cell, sizes, gpu), gpu)
+    slicings = {name: Slicing(p.slices, p.block_b, p.exchange, p.resident) for name, p in plans.items()}
+    return step_us(cell, sizes, slicings["forward"], gpu, backward=slicings["backward"] if backward else None)

@@ -6,8 +6,10 @@ OUT_DIR/<gpu name>.json is written again after every result, so that an early st
 
     environment  device, versions and precision settings
     checks       name, shape, error, bound, ok, and how; `error` is null where `message` says what went wrong
-    rows         layer, exchange, dtype, hidden, batch, steps, forward_us_per_step, forward_backward_us_per_step,
-                 peak_mib, and how; or `error`, a text
+    rows         layer, exchange, dtype, hidden, inputs, batch, steps; µs per step, tokens/s and fraction of the floor,
+                 of forward and of forward_backward; peak_mib, first_call_s, and how; or `error`, a text.
+                 `python -m bench.report` makes tables and plots of them
+    micro        constants of the floor, measured on this device (gpu_micro.py)
     unfinished   what the time did not suffice for
 
 A persistent kernel with a bug may spin for ever, or leave CUDA unusable. Therefore this process never touches the GPU:
@@ -18,6 +20,7 @@ With --device cpu (the default under TRITON_INTERPRET=1) tiny sizes run in Trito
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import pathlib
@@ -30,9 +33,18 @@ from typing import Any
 
 from gpu_processes import STALL_S, Compilers, Lost, Worker
 from gpu_results import failed, line_of, slug, write_json
-from gpu_tasks import Task, all_tasks, compilations, least_seconds, next_task, smoke_tasks, without_lost
+from gpu_tasks import (
+    FLOOR_CONSTANTS,
+    Task,
+    all_tasks,
+    compilations,
+    least_seconds,
+    next_task,
+    smoke_tasks,
+    without_lost,
+)
 
-COMPILE_SHARE = 0.3
+COMPILE_SHARE = 0.38
 """Share of the time after which timing starts whether or not everything is compiled."""
 
 
@@ -42,7 +54,7 @@ class Run:
     def __init__(self, out_dir: pathlib.Path, device: str, seconds: float, jobs: int) -> None:
         self.began = time.monotonic()
         self.out_dir, self.device, self.seconds, self.jobs = out_dir, device, seconds, jobs
-        self.report: dict[str, Any] = dict(environment={}, checks=[], rows=[], unfinished=[])
+        self.report: dict[str, Any] = dict(environment={}, checks=[], rows=[], micro=[], unfinished=[])
         self.path = out_dir / "report.json"
         self.environment = dict(os.environ)
         self.environment.pop("TRITON_INTERPRET", None)
@@ -62,7 +74,8 @@ class Run:
 
     def do(self, task: Task, stall_s: float = STALL_S) -> Any:
         """Run a task in the worker of its group, a new one if the last task was another group's."""
-        group = (task["kind"], task.get("core"))
+        # Memory is measured in the process that times: it does no harm there, and a process takes seconds to start.
+        group = ("rows" if task["kind"] == "memory" else task["kind"], task.get("core"))
         if self.worker is not None and self.group != group:
             self.drop()
         self.group = group
@@ -82,9 +95,16 @@ class Run:
     def record(self, results: list[dict]) -> None:
         """Print results, add them to the report and write it."""
         for result in results:
-            self.report["checks" if "ok" in result else "rows"].append(result)
+            kind = "checks" if "ok" in result else "micro" if "constant" in result else "rows"
+            self.report[kind].append(result)
             print(line_of(result), flush=True)
         self.save()
+
+    def constants(self) -> dict[str, Any]:
+        """Return the constants of the floor that have been measured on this device."""
+        measured = {result["constant"]: result["value"] for result in self.report["micro"]}
+        # Of programs that share nothing with another's timer a difference may be zero or less: no measurement.
+        return {name: measured[name] for name in FLOOR_CONSTANTS if name in measured and _positive(measured[name])}
 
     def save(self) -> None:
         """Write the report."""
@@ -144,7 +164,8 @@ class Run:
             # Unfinished until its results are there.
             self.report["unfinished"] = [t["name"] for t in pending]
             try:
-                result = self.do(task, task.get("stall_s", STALL_S))
+                constants = dict(constants=self.constants()) if task["kind"] == "rows" else {}
+                result = self.do(task | constants, task.get("stall_s", STALL_S))
             except Lost as lost:
                 if self.left() <= 0:
                     break
@@ -159,11 +180,20 @@ class Run:
         self.report["unfinished"] = [task["name"] for task in pending]
 
 
+def _positive(value: Any) -> bool:
+    return all(_positive(v) for v in value.values()) if isinstance(value, dict) else 0 < value < math.inf
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
+
+
+def has_flashrnn() -> bool:
+    """Tell whether FlashRNN can be imported."""
+    return importlib.util.find_spec("flashrnn") is not None
 
 
 def main() -> int:
@@ -186,7 +216,7 @@ def main() -> int:
         cache = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="novolstm-gpu-")
     run = Run(arguments.out_dir, arguments.device, arguments.seconds, arguments.jobs)
     try:
-        return run.go(all_tasks() if arguments.device == "cuda" else smoke_tasks())
+        return run.go(all_tasks(has_flashrnn()) if arguments.device == "cuda" else smoke_tasks())
     finally:
         run.drop()
         if cache:

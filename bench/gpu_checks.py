@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gpu_claims
 import torch
 from gpu_device import synchronize
 from gpu_library import DTYPES, novolstm_triton, pinned, plans_of, problems
@@ -20,6 +21,7 @@ def run_check(task: Task, device: str, announce: Callable[[str], None]) -> dict:
     problem = problems.Problem(device=device, **task["problem"])
     dtype = DTYPES[task["dtype"]]
     tests = dict(exact=check_exact, repeat=check_repeat, growth=check_growth, long=check_long)
+    tests |= dict(graph=check_graph, nosync=check_nosync, memory=check_memory)
     with pinned(task["pins"]):
         plans = plans_of(problem.hidden, problem.batch, dtype, device, problem.variant)
         outcome = tests[task["test"]](problem, dtype, announce)
@@ -81,6 +83,28 @@ def check_growth(problem: Any, dtype: Any, announce: Callable[[str], None]) -> d
         gc.collect()
         sizes.append(torch.cuda.memory_allocated() if problem.device == "cuda" else 0)
     return dict(error=float(abs(sizes[-1] - sizes[2])), bound=0.0, detail="bytes more after 20 calls")
+
+
+def check_graph(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
+    """Count the arrays of forward and backward that a CUDA graph's replays make different from an ordinary call's."""
+    announce("capture")
+    different = gpu_claims.graph_differences(problem, dtype)
+    return dict(error=float(different), bound=0.0, detail="arrays differ after capture and 3 replays")
+
+
+def check_nosync(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
+    """Run forward and backward under torch.cuda.set_sync_debug_mode("error"): a wait for the device raises."""
+    announce("call")
+    gpu_claims.run_without_waiting(problem, dtype)
+    return dict(error=0.0, bound=0.0, detail="waits for the device")
+
+
+def check_memory(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
+    """Compare the peak memory of forward and backward with that of nn.LSTM."""
+    announce("novolstm and nn.LSTM")
+    ours, theirs = gpu_claims.peaks(problem.steps, problem.batch, problem.inputs_size, problem.hidden, dtype)
+    detail = f"of nn.LSTM's peak: {ours} of {theirs} bytes"
+    return dict(error=ours / theirs, bound=gpu_claims.MEMORY_RATIO, detail=detail, bytes=[ours, theirs])
 
 
 def check_long(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:

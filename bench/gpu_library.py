@@ -1,16 +1,15 @@
-"""The library of this checkout and of nowhere else, with its tests' problems, for gpu.py's workers.
+"""The library of this checkout and of nowhere else, for gpu.py's workers.
 
 sys.path stays as it is: the folder `kernels` of the checkout must not hide the package of that name.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import pathlib
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from gpu_tasks import Task
 from triton.runtime.jit import JITFunction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 
 
 def _load(name: str, path: pathlib.Path) -> types.ModuleType:
@@ -37,20 +35,13 @@ def _load(name: str, path: pathlib.Path) -> types.ModuleType:
 novolstm_triton = _load("novolstm_triton", ROOT / "novolstm_triton")
 _load("novolstm_triton.kernels", ROOT / "kernels")
 launch = importlib.import_module("novolstm_triton.launch")
-problems = _load("novolstm_problems", ROOT / "tests" / "problems.py")
+problems = importlib.import_module("novolstm_triton.problems")
+# It imports the library.
+layers = importlib.import_module("layers")
+pinned, DTYPES = layers.pinned, layers.DTYPES
 
 torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
-
-
-@contextlib.contextmanager
-def pinned(pins: dict) -> Iterator[None]:
-    """Pin the plan, in backward, too: it runs in a thread of autograd's own unless that is switched off."""
-    with contextlib.ExitStack() as stack:
-        if pins:
-            stack.enter_context(novolstm_triton.plan.forced(**pins))
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        yield
 
 
 def plans_of(hidden: int, batch: int, dtype: Any, device: str, variant: str) -> dict[str, dict]:

@@ -12,6 +12,8 @@ from gpu_tasks import Task, entry_name
 
 def failed(task: Task, reason: str, at: str = "") -> list[dict]:
     """Return the results of a task that has none: a check, or a row for each entry that `at` names (all if none)."""
+    if task["kind"] == "micro":
+        return [dict(name=f"{task['name']} {at}".strip(), ok=False, message=reason)]
     if task["kind"] == "check":
         how = {key: task[key] for key in ("name", "dtype", "pins")}
         return [dict(how, shape=shape_of(task["problem"]), error=None, bound=None, ok=False, message=reason)]
@@ -27,7 +29,7 @@ def shape_of(problem: dict) -> list[int]:
 def row_head(task: Task, entry: Task) -> dict:
     """Return the part of a row that is known before it runs."""
     head = {key: entry[key] for key in ("layer", "dtype", "pins")}
-    return dict(head, exchange=None, **{key: task[key] for key in ("hidden", "batch", "steps")})
+    return dict(head, exchange=None, inputs=task["hidden"], **{key: task[key] for key in ("hidden", "batch", "steps")})
 
 
 def slug(name: str) -> str:
@@ -58,14 +60,18 @@ def line_of(result: dict) -> str:
         if "message" in result:
             return text + result["message"].splitlines()[0][:300]
         return text + f"error {number(result['error'], '.2e')} of {number(result['bound'], '.2e')} {result['detail']}"
-    text = f"row    {result['layer']:9} {result['dtype']:4} H={result['hidden']:<5} B={result['batch']:<4}"
+    if "constant" in result:
+        return f"micro  {result['constant']}: {result['value']} {result['unit']}"
+    sizes = f"T={result['steps']:<5} H={result['hidden']:<5} B={result['batch']:<4}"
+    text = f"row    {result['layer']:9} {result['dtype']:4} {sizes}"
     if "error" in result:
         return text + result["error"].splitlines()[0][:300]
     for key in ("forward", "forward_backward"):
-        text += f" {key} {number(result[f'{key}_us_per_step'], '8.3f')}"
-    text += f" us/step  peak {number(result['peak_mib'], '.0f')} MiB  first call {result['first_call_s']:.1f} s"
+        text += f" {key} {number(result.get(f'{key}_us_per_step'), '8.3f')}"
+    text += f" us/step  peak {number(result.get('peak_mib'), '.0f')} MiB"
+    text += f"  first call {number(result.get('first_call_s'), '.1f')} s"
     plans = [f"{p['slices']}x({p['block_b']}x{p['block_n']}x{p['block_k']})" for p in result.get("plan", {}).values()]
-    return f"{text}  {result['exchange']} {' '.join(plans)}".rstrip()
+    return f"{text}  {result['exchange'] or ''} {' '.join(plans)}".rstrip()
 
 
 def number(value: float | None, form: str) -> str:

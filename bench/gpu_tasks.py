@@ -7,6 +7,10 @@ from typing import Any
 Task = dict[str, Any]
 
 
+FLOOR_CONSTANTS = ("barrier_us", "handoff_us", "l2_latency_us", "l2_bytes_per_us", "launch_us", "clocks_per_us")
+"""The results of gpu_micro.py that replace constants of floor.py. Of shared memory it measures only a lower bound."""
+
+
 def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: bool = False, **options: Any) -> Task:
     """Return a check task; options are fields of tests/problems.py's Problem, and `pins`, arguments of plan.forced."""
     pins = options.pop("pins", {})
@@ -19,7 +23,7 @@ def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: b
 
 def rows(hidden: int, batch: int, steps: int, *entries: Task, core: bool = False, **options: Any) -> Task:
     """Return a timing task, whose entries take turns."""
-    name = f"time H{hidden}-B{batch} {', '.join(entry_name(entry) for entry in entries)}"
+    name = f"time T{steps}-H{hidden}-B{batch} {', '.join(entry_name(entry) for entry in entries)}"
     return dict(
         kind="rows", name=name, core=core, hidden=hidden, batch=batch, steps=steps, entries=list(entries), **options
     )
@@ -35,19 +39,54 @@ def entry_name(entry: Task) -> str:
     return " ".join([entry["layer"], entry["dtype"], *(f"{name}={value}" for name, value in entry["pins"].items())])
 
 
-def all_tasks() -> list[Task]:
-    """Return everything worth running, the most important first."""
+def memory(steps: int, batch: int, hidden: int, *entries: Task, core: bool = False) -> Task:
+    """Return a task that measures the peak memory of its entries, one alone after the other."""
+    task = rows(hidden, batch, steps, *entries, core=core)
+    return task | dict(kind="memory", name=f"memory T{steps}-B{batch}-H{hidden}")
+
+
+GRID = [(hidden, batch) for hidden in (512, 128, 1024, 256, 768, 2048) for batch in (16, 64, 1, 256)]
+"""H and B of the throughput table, the most important first."""
+
+LIBRARY = [entry("nn.LSTM", "fp16"), entry("nn.LSTM", "bf16"), entry("nn.LSTM", "tf32")]
+
+
+def all_tasks(flashrnn: bool = False) -> list[Task]:
+    """Return everything worth running, the most important first.
+
+    Args:
+        flashrnn: whether FlashRNN can be imported.
+    """
     tasks = [
         check("exact", 64, 16, 512, "bf16", core=True, inputs_size=512),
         check("exact", 64, 16, 128, "bf16", core=True, inputs_size=128),
         check("exact", 32, 64, 1024, "bf16", core=True, inputs_size=1024),
         check("exact", 40, 5, 100, "fp32", core=True, lengths=True, reverse=True),
         check("exact", 33, 33, 256, "fp16", core=True, variant="notebook", lengths=True),
+        check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="words")),
         check("repeat", 256, 16, 512, "bf16", core=True),
+        check("graph", 64, 16, 512, "bf16", core=True, inputs_size=512),
+        check("nosync", 64, 16, 512, "bf16", core=True, inputs_size=512),
+        # The peak of forward and backward against nn.LSTM's.
+        check("memory", 8192, 64, 512, "bf16", core=True, inputs_size=512),
+        dict(kind="micro", name="microbenchmarks", core=True),
     ]
-    sixteen_bit = [entry("novolstm", "bf16"), entry("nn.LSTM", "fp16"), entry("nn.LSTM", "bf16")]
-    tasks += [rows(h, b, 1024, *sixteen_bit, core=True) for h in (512, 128, 1024) for b in (16, 64)]
-    return tasks + more_checks() + more_rows(sixteen_bit)
+    both = [entry("novolstm", "bf16"), entry("nn.LSTM", "bf16")]
+    tasks += [memory(steps, 64, 512, *both, core=True) for steps in (8192, 2048, 512)]
+    tasks += [rows(h, b, grid_steps(h, b), *grid_entries(h, flashrnn), core=True) for h, b in GRID]
+    return tasks + more_checks() + more_rows()
+
+
+def grid_steps(hidden: int, batch: int) -> int:
+    """Return T: shorter for layers whose steps take long."""
+    return 256 if hidden * batch >= 2**18 or hidden > 1024 else 1024
+
+
+def grid_entries(hidden: int, flashrnn: bool) -> list[Task]:
+    """Return the layers timed at every size: the plan's own choice, every exchange that could be one, and others'."""
+    exchanges = ["barrier", "words"] + (["cluster"] if hidden <= 1024 else []) + (["none"] if hidden <= 512 else [])
+    entries = [entry("novolstm", "bf16"), *(entry("novolstm", "bf16", exchange=name) for name in exchanges), *LIBRARY]
+    return entries + ([entry("flashrnn", "bf16")] if flashrnn else [])
 
 
 def more_checks() -> list[Task]:
@@ -84,24 +123,28 @@ def more_checks() -> list[Task]:
     return tasks
 
 
-def more_rows(sixteen_bit: list[Task]) -> list[Task]:
+def more_rows() -> list[Task]:
     """Return the timings after the core."""
+    # Loops over the steps, which take their time one by one: few of them.
+    tasks = [rows(h, 16, 64, entry("reference", "bf16"), rounds=3) for h in (512, 128, 1024, 256, 768, 2048)]
+    tasks += [rows(h, 16, 64, entry("graphed", "bf16"), rounds=5) for h in (512, 128, 1024, 256, 768, 2048)]
+    tasks += [
+        rows(512, batch, 64, entry("reference", "bf16"), entry("graphed", "bf16"), rounds=3) for batch in (1, 256)
+    ]
+    tasks += [rows(512, 16, 16, entry("compiled", "bf16"), rounds=5, stall_s=150)]
+    # µs per step against T.
+    sixteen_bit = [entry("novolstm", "bf16"), *LIBRARY[:2]]
+    tasks += [rows(512, 16, steps, *sixteen_bit) for steps in (64, 256, 4096)]
     ours, theirs = functools.partial(entry, "novolstm"), functools.partial(entry, "nn.LSTM")
-    tasks = [rows(256, batch, 1024, *sixteen_bit) for batch in (16, 64)]
+    tasks += [rows(128, 16, 16, entry("compiled", "bf16"), rounds=5, stall_s=150)]
     # Slices to compare: those with one possible exchange, then those with two.
     alternatives = {128: ((1,), (2, 4, 8)), 256: ((1,), (4, 8, 16)), 512: ((1, 8), (16, 32)), 1024: ((16, 32), (64,))}
     for hidden, (single, either) in alternatives.items():
-        entries = [ours("bf16"), ours("bf16", exchange="words"), *(ours("bf16", slices=s) for s in single + either)]
+        entries = [ours("bf16", slices=s) for s in single + either]
         entries += [ours("bf16", slices=s, exchange="words") for s in either]
         tasks += [rows(hidden, batch, 1024, *entries) for batch in (16, 64)]
     more = [ours("fp16"), ours("fp32"), theirs("fp32")]
-    tasks += [rows(hidden, batch, 1024, *more) for hidden in (512, 128, 1024, 256) for batch in (16, 64)]
-    for batch in (1, 256):
-        tasks += [rows(hidden, batch, 1024, *sixteen_bit) for hidden in (512, 128, 1024, 256)]
-    tasks += [rows(hidden, 16, 64, entry("reference", "bf16"), rounds=3) for hidden in (128, 512, 1024)]
-    tasks += [rows(512, 16, 64, entry("reference", "fp32"), rounds=3)]
-    tasks += [rows(hidden, batch, 1024, *more) for hidden in (512, 128, 1024, 256) for batch in (1, 256)]
-    tasks += [rows(512, 16, 32, entry("compiled", "bf16"), rounds=5, stall_s=150)]
+    tasks += [rows(hidden, batch, 1024, *more) for hidden in (512, 128, 1024, 256) for batch in (16, 64, 1, 256)]
     return tasks
 
 
@@ -115,7 +158,10 @@ def smoke_tasks() -> list[Task]:
         check("long", 16, 1, 4, "fp32"),
         rows(6, 2, 2, entry("novolstm", "fp32"), entry("nn.LSTM", "fp32"), rounds=1),
         rows(6, 2, 2, entry("novolstm", "fp32"), entry("novolstm", "fp32", resident=False), rounds=1),
-        rows(6, 2, 2, entry("reference", "fp32"), rounds=1),
+        # The interpreter has no slices to exchange anything: refused.
+        rows(6, 2, 2, entry("reference", "fp32"), entry("novolstm", "fp32", exchange="barrier"), rounds=1),
+        memory(2, 2, 6, entry("nn.LSTM", "fp32")),
+        dict(kind="micro", name="microbenchmarks", core=False),
     ]
 
 
@@ -123,6 +169,8 @@ def compilations(tasks: list[Task]) -> list[Task]:
     """Return the compile tasks for everything that `tasks` launch, without repetitions, in their order."""
     wanted = {}
     for task in tasks:
+        if task["kind"] == "micro":
+            continue
         problem = task["problem"] if task["kind"] == "check" else task
         # What decides the kernels.
         sizes = {name: problem[name] for name in ("hidden", "batch", "lengths", "variant") if problem.get(name)}
@@ -135,7 +183,7 @@ def compilations(tasks: list[Task]) -> list[Task]:
 
 def next_task(pending: list[Task], compiling: bool) -> Task | None:
     """Return what to run next: the first task, but nothing is timed while others compile. None: wait for them."""
-    return next((task for task in pending if not (compiling and task["kind"] == "rows")), None)
+    return next((task for task in pending if not (compiling and task["kind"] in ("rows", "micro"))), None)
 
 
 def least_seconds(task: Task) -> float:

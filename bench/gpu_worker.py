@@ -14,6 +14,8 @@ HANDLERS = {
     "compile": ("gpu_library", "compile_ahead"),
     "check": ("gpu_checks", "run_check"),
     "rows": ("gpu_timing", "run_rows"),
+    "memory": ("gpu_timing", "run_memory"),
+    "micro": ("gpu_micro", "run_micro"),
 }
 """For each kind of task the module, imported when first needed, and the function."""
 

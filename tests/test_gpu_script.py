@@ -54,24 +54,41 @@ def start(tmp_path):
         worker.kill()
 
 
-def test_core_comes_first_checks_before_timings():
-    tasks = gpu_tasks.all_tasks()
-    kinds = [(task["core"], task["kind"]) for task in tasks]
-    assert kinds == sorted(kinds, key=lambda kind: (not kind[0], kind[1] == "rows"))
-    timed = [(task["hidden"], task["batch"]) for task in tasks if task["kind"] == "rows" and task["core"]]
-    assert sorted(timed) == [(h, b) for h in (128, 512, 1024) for b in (16, 64)]
+KINDS = ("check", "micro", "memory", "rows")
+SIZES = [(h, b) for h in (128, 256, 512, 768, 1024, 2048) for b in (1, 16, 64, 256)]
 
 
-def test_every_size_is_timed_in_every_dtype():
-    timed = {
-        (task["hidden"], task["batch"], entry["layer"], entry["dtype"])
-        for task in gpu_tasks.all_tasks()
+def timed(**wanted):
+    """Return (H, B) of every entry of the GPU's tasks that is like `wanted`."""
+    return {
+        (task["hidden"], task["batch"])
+        for task in gpu_tasks.all_tasks(flashrnn=True)
         if task["kind"] == "rows"
         for entry in task["entries"]
+        if all(entry[name] == value for name, value in wanted.items())
     }
-    sizes = [(h, b) for h in (128, 256, 512, 1024) for b in (1, 16, 64, 256)]
-    for layer in ("novolstm", "nn.LSTM"):
-        assert timed >= {(h, b, layer, dtype) for h, b in sizes for dtype in ("bf16", "fp16", "fp32")}
+
+
+def test_core_comes_first_checks_before_measurements():
+    tasks = gpu_tasks.all_tasks()
+    order = [(not task["core"], KINDS.index(task["kind"])) for task in tasks]
+    assert order == sorted(order)
+    core = [(task["hidden"], task["batch"]) for task in tasks if task["kind"] == "rows" and task["core"]]
+    assert sorted(core) == sorted(SIZES)
+
+
+def test_every_size_is_timed_with_every_layer_and_exchange():
+    for pins in ({}, dict(exchange="barrier"), dict(exchange="words")):
+        assert timed(layer="novolstm", dtype="bf16", pins=pins) >= set(SIZES)
+    assert timed(pins=dict(exchange="cluster")) == {(h, b) for h, b in SIZES if h <= 1024}
+    assert timed(pins=dict(exchange="none")) == {(h, b) for h, b in SIZES if h <= 512}
+    for dtype in ("fp16", "bf16", "tf32"):
+        assert timed(layer="nn.LSTM", dtype=dtype) >= set(SIZES)
+    assert timed(layer="flashrnn") == set(SIZES)
+    for layer in ("reference", "graphed"):
+        assert timed(layer=layer) >= {(h, 16) for h, _ in SIZES}
+    assert (512, 16) in timed(layer="compiled")
+    assert timed(layer="novolstm", dtype="fp32") >= {(h, b) for h, b in SIZES if h in (128, 256, 512, 1024)}
 
 
 def test_names_of_tasks_are_unique():
@@ -86,8 +103,13 @@ def test_every_pinned_plan_fits_an_h200():
     dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
     for task in tasks:
         sizes = task["problem"]["hidden"], task["problem"]["batch"], dtypes[task["dtype"]]
-        with plan.forced(**task["pins"]):
-            kernel_plan = plan.plan(*sizes, plan.H200).forward
+        try:
+            with plan.forced(**task["pins"]):
+                kernel_plan = plan.plan(*sizes, plan.H200).forward
+        except ValueError:
+            # An exchange alone is asked of every size, and may be refused; other choices are made to fit.
+            assert list(task["pins"]) == ["exchange"], task
+            continue
         for name, value in task["pins"].items():
             assert name == "chunk" or getattr(kernel_plan, name) == value
 
@@ -200,6 +222,12 @@ def test_whole_script_in_the_interpreter(tmp_path):
     assert report["environment"]["device"] == "cpu-interpreter"
     assert report["unfinished"] == []
     assert len(report["checks"]) == 5
+    (refused,) = [row for row in report["rows"] if "error" in row]
+    assert refused["error"].startswith("refused: exchange='barrier' needs two slices")
+    assert {"barrier_us", "l2_latency_us", "l2_bytes_per_us", "launch_us"} <= {r["constant"] for r in report["micro"]}
+    (memory,) = [row for row in report["rows"] if "forward_us_per_step" not in row and "error" not in row]
+    assert (memory["layer"], memory["peak_mib"]) == ("nn.LSTM", None)
+    report["rows"] = [row for row in report["rows"] if row not in (refused, memory)]
     assert all(check["ok"] and check["error"] <= check["bound"] for check in report["checks"])
     layers = [row["layer"] for row in report["rows"]]
     assert layers == ["novolstm", "nn.LSTM", "novolstm", "novolstm", "reference"]
