@@ -3,11 +3,12 @@
     python bench/compile_report.py --arch sm_80 sm_90 gfx942 --hidden 64 512 --batch 16 --dtype bf16 --json OUT.json
 
 One row per kernel: registers per thread, spilled bytes, shared memory per program against the plan's estimate and the
-device's limit, loads of recurrent weights left inside the time loop, and block-wide barriers.
+device's limit, loads of recurrent weights left inside the time loop, and block-wide barriers in a step of that loop.
 """
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -39,19 +40,27 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {k.__name__: k for k in (forward_kernel, statistics_kernel, cell_states_kernel, backward_kernel)}
 
 # Arguments in the dtype of x; other pointers are fp32, but for the integers.
-_IN_DTYPE = {"x_gates_ptr", "weight_hh_ptr", "h_ring_ptr", "y_ptr", "z_ptr", "dy_ptr", "dz_ptr"}
+_IN_DTYPE = {
+    "x_gates_ptr",
+    "weight_hh_ptr",
+    "h_ring_ptr",
+    "y_ptr",
+    "z_ptr",
+    "dy_ptr",
+    "dz_ptr",
+    "companion_ptr",
+    "late_ring_ptr",
+}
 _IN_INT32 = {"lengths_ptr", "counter_ptr"}
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
 def compile_kernel(
-    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, exchange: str | None
+    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, pins: planning.Pins
 ) -> dict:
     """Compile one kernel as `launch.py` would launch it and return its row of the report."""
     kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
-    pins = planning.Pins(exchange=exchange)
-    plans = planning.plan(hidden, batch, DTYPES[dtype], device, recurrent=cell.recurrent, pins=pins)
-    kernel_plan = plans.forward if kernel is forward_kernel else plans.backward
+    kernel_plan = _plan(kernel_name, arch, hidden, batch, dtype, variant, lengths, pins)
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
     constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision)
     if not lengths and "lengths_ptr" in kernel.arg_names:
@@ -75,8 +84,19 @@ def compile_kernel(
     if persistent:
         row |= dict(planned_bytes=kernel_plan.smem_bytes, resident=kernel_plan.resident)
         row |= dict(weight_loads_in_loop=weight_loads_in_loop(compiled.asm["ttgir"]))
-        row |= {name: getattr(kernel_plan, name) for name in ("exchange", "block_b", "block_n", "block_k", "num_warps")}
+        row |= {
+            name: getattr(kernel_plan, name)
+            for name in ("exchange", "exchanges", "block_b", "block_n", "block_k", "num_warps")
+        }
     return row
+
+
+def _plan(
+    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, pins: planning.Pins
+) -> planning.KernelPlan:
+    recurrent = CELLS[variant].recurrent
+    plans = planning.plan(hidden, batch, DTYPES[dtype], DEVICES[arch], recurrent=recurrent, pins=pins)
+    return plans.forward if kernel_name == "forward_kernel" else plans.backward
 
 
 def weight_loads_in_loop(ttgir: str) -> int:
@@ -113,6 +133,18 @@ def releases_before_barrier(ptx: str) -> int:
     return count
 
 
+def barriers_per_step(ptx: str) -> int:
+    """Count the block-wide barriers of the longest loop, the one over time; each round of a wait counts once."""
+    lines = ptx.splitlines()
+    labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$\w+:", line)}
+    jumps = [(labels.get(m[1], number), number) for number, line in enumerate(lines) if (m := _JUMP.search(line))]
+    first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
+    return sum("bar.sync" in line for line in lines[first:last])
+
+
+_JUMP = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+
+
 def _type(name: str, dtype: str, constants: dict) -> str:
     if name in constants:
         return "constexpr"
@@ -129,7 +161,10 @@ def _resources(compiled, device: planning.Device) -> dict:
         text = compiled.asm["amdgcn"]
         count = {key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
         return dict(
-            registers=count["vgpr_count"], spill_bytes=4 * count["vgpr_spill_count"], barriers=text.count("s_barrier")
+            registers=count["vgpr_count"],
+            spill_bytes=4 * count["vgpr_spill_count"],
+            # GCN has no labels that tell a loop: this is the whole text's.
+            barriers=text.count("s_barrier"),
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -140,7 +175,7 @@ def _resources(compiled, device: planning.Device) -> dict:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        barriers=ptx.count("bar.sync"),
+        barriers=barriers_per_step(ptx),
         releases=len(re.findall(r"(?:atom|red)\.[\w.]*release", ptx)),
         acquires=len(re.findall(r"(?:atom|ld)\.[\w.]*acquire", ptx)),
         releases_before_barrier=releases_before_barrier(ptx),
@@ -156,6 +191,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variant", nargs="+", choices=CELLS, default=["formula"])
     parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
     parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
+    parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
+    parser.add_argument("--warps", type=int, help="per program, likewise")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -170,15 +207,26 @@ def main() -> int:
     grid = itertools.product(
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
     )
-    grid = [(*cell, arguments.lengths, arguments.exchange) for cell in grid]
+    pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
+    grid = [(*cell, arguments.lengths, pins) for cell in grid]
     print(f"triton {triton.__version__}, {len(grid)} kernels")
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
-        for cell, future in [(cell, pool.submit(compile_kernel, *cell)) for cell in grid]:
+        same: dict[str, concurrent.futures.Future] = {}
+        futures = []
+        for cell in grid:
+            # Batches that one plan serves share a kernel, which is compiled once.
+            kernel_plan = dataclasses.replace(_plan(*cell), tiles=0, tiles_per_launch=0, step_us=0.0)
+            key = repr((cell[:3], cell[4:], kernel_plan))
+            if key not in same:
+                same[key] = pool.submit(compile_kernel, *cell)
+            futures.append((cell, same[key]))
+        print(f"{len(same)} of them differ", flush=True)
+        for cell, future in futures:
             try:
-                row = future.result()
+                row = future.result() | dict(batch=cell[3])
             except Exception as error:
                 failed += 1
                 print(f"FAILED {cell}: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -200,7 +248,7 @@ def _line(row: dict) -> str:
             f" (planned {row['planned_bytes']}, device {row['device_bytes']})  slices {row['slices']:3} "
             f"tile {row['block_b']}x{row['block_n']}x{row['block_k']} warps {row['num_warps']} "
             f"{'resident' if row['resident'] else 'streamed'}  weight loads in loop {row['weight_loads_in_loop']}"
-            f"  barriers {row['barriers']}"
+            f"  barriers in a step {row['barriers']}"
         )
     return text
 

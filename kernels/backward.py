@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .exchange import arrive, await_blocks, collect_rows, load_block, publish_gates, publish_rows, wait
+from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_gates, publish_rows, wait
 from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, widen
 
 
@@ -11,21 +11,27 @@ from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, wi
 def statistics_kernel(
     z_ptr,
     stats_ptr,
+    companion_ptr,
     rows,
     eps,
     partials: tl.constexpr,
     merge: tl.constexpr,
+    companions: tl.constexpr,
     GATES: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
+    EXCHANGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
     """Compute the cell's row statistics from pre-activations; a program owns BLOCK_R rows (t, b), whole.
 
+    Where backward makes do with one exchange a step, also the companions of its row sums.
+
     Args:
         z_ptr: [rows, GATES·H] pre-activations.
         stats_ptr: [STATS, rows] fp32 output.
+        companion_ptr: [row sums, rows, H] output; not written if EXCHANGES is 2.
         rows: steps of the chunk times B.
         eps: ε of the layer normalisation.
     """
@@ -43,6 +49,11 @@ def statistics_kernel(
     stats = merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
     for k in tl.static_range(STATS):
         tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row_first + row, stats[k], mask=inside)
+    if EXCHANGES == 1:
+        tiles = companions(widen(z), stats, is_unit, HIDDEN)
+        for k in tl.static_range(len(tiles)):
+            place = (k * tl.cast(rows, tl.int64) + row_first) * HIDDEN + row[:, None] * HIDDEN + unit
+            tl.store(companion_ptr + place, tiles[k], mask=inside[:, None] & is_unit)
 
 
 @triton.jit
@@ -132,6 +143,15 @@ def zero_unless(valid, dz):
 
 
 @triton.jit
+def add_slices(parts):
+    """Return the row sums of tiles [R, S], one per slice and column, as a tuple of rows [R]."""
+    sums = ()
+    for k in tl.static_range(len(parts)):
+        sums = sums + (tl.sum(parts[k], 1),)
+    return sums
+
+
+@triton.jit
 def multiply_local(
     dz, weights, GATE: tl.constexpr, is_unit, dh_prev, dz_ptr, RECURRENT: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -154,7 +174,8 @@ def multiply_exchanged(
     is_unit,
     dh_prev,
     GATE: tl.constexpr,
-    GATES: tl.constexpr,
+    PLACE: tl.constexpr,
+    PLACES: tl.constexpr,
     RECURRENT: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -162,11 +183,14 @@ def multiply_exchanged(
     EXCHANGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add dz U of one gate to dh_prev, dz [R, H] as all slices have published it; nothing for a gate without U."""
+    """Add dz U of one gate to dh_prev; nothing for a gate without U.
+
+    dz [R, H] is what all slices have published in block PLACE of the PLACES·H columns at dz_ptr.
+    """
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
-    STRIDE: tl.constexpr = GATES * HIDDEN
+    STRIDE: tl.constexpr = PLACES * HIDDEN
     if GATE < RECURRENT:
-        gate_ptr = dz_ptr + GATE * HIDDEN
+        gate_ptr = dz_ptr + PLACE * HIDDEN
         if RESIDENT:
             if EXCHANGE == "words":
                 dz_blocks = await_blocks(gate_ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
@@ -186,7 +210,7 @@ def multiply_exchanged(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "step_base", "tile_first"],
+    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "step_base", "late_slots", "tile_first"],
     do_not_specialize_on_alignment=["lengths_ptr", "counter_ptr"],
 )
 def backward_kernel(
@@ -198,7 +222,9 @@ def backward_kernel(
     lengths_ptr,
     c_ptr,
     dy_ptr,
+    companion_ptr,
     row_ring_ptr,
+    late_ring_ptr,
     counter_ptr,
     dz_ptr,
     dh_ptr,
@@ -211,6 +237,7 @@ def backward_kernel(
     t_step,
     chunk_start,
     step_base,
+    late_slots,
     tile_first,
     eps,
     grad_local: tl.constexpr,
@@ -229,14 +256,16 @@ def backward_kernel(
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
+    EXCHANGES: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
     On chip for all steps: the columns of the recurrent weights that lead to the slice's units (RESIDENT), dh, dc and
-    the sums of dγ and dβ, in fp32. Per step it exchanges dz of the early gates and the
-    backward row sums, then dz of the late gates, with the tile's other slices.
+    the sums of dγ and dβ, in fp32. Per step it exchanges with the tile's other slices, if EXCHANGES is 2, dz of the
+    early gates and the backward row sums, then dz of the late gates. If it is 1, all that at once, dz of the late gates
+    as if the sums were zero: it is linear in them, so what they take from dh comes from the companions' products.
 
     Args:
         z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
@@ -247,7 +276,11 @@ def backward_kernel(
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         c_ptr: [steps + 1, B, H] fp32 cell states, in the order of the walk forward.
         dy_ptr: [T, B, H] gradient of the output.
+        companion_ptr: [S, chunk, B, H], the companions times their gates' weights, in the order of t; not read if
+            EXCHANGES is 2.
         row_ring_ptr: [2, B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
+        late_ring_ptr: [late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched if
+            EXCHANGES is 2.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
         dz_ptr: [chunk, B, GATES·H] output, in the order of t.
         dh_ptr: [B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
@@ -260,6 +293,7 @@ def backward_kernel(
         t_step: the forward walk's step in t, 1 or −1.
         chunk_start: lowest t of the chunk.
         step_base: steps walked back before this launch.
+        late_slots: slots of late_ring.
         tile_first: first batch tile of this launch.
         eps: ε of the layer normalisation.
     """
@@ -285,6 +319,8 @@ def backward_kernel(
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
     place = row[:, None] * HIDDEN + unit[None, :]
     gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
+    LATE_GATES: tl.constexpr = len(LATE)
+    late_place = row[:, None] * (LATE_GATES * HIDDEN) + unit[None, :]
     dh = tl.load(dh_ptr + tile_place + place, mask=mask, other=0.0)
     dc = tl.load(dc_ptr + tile_place + place, mask=mask, other=0.0)
     dgamma = tl.load(dgamma_ptr + tile_place + place, mask=mask, other=0.0)
@@ -322,27 +358,37 @@ def backward_kernel(
         dbeta += dbeta_step
         # Published with the sums, so that their products can run while the late gates' dz is on its way.
         publish_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN, EXCHANGE)
+        row_step = step_base + step
+        if EXCHANGES == 1:
+            no_sums = ()
+            for k in tl.static_range(len(own)):
+                no_sums = no_sums + (tl.zeros_like(own[k]),)
+            unsummed = grad_finish(pending, stats, no_sums, HIDDEN, eps)
+            if HAS_LENGTHS:
+                unsummed = zero_unless(valid, unsummed)
+            late_tile_ptr = late_ring_ptr + (step % late_slots * size + tile_place) * LATE_GATES
+            for k in tl.static_range(LATE_GATES):
+                publish(late_tile_ptr + k * HIDDEN + late_place, unsummed[k], mask, EXCHANGE)
         if SLICES > 1:
-            row_step = step_base + step
             publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, row_step, batch, SLICES, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
-            wait(counter, arrivals, EXCHANGE)
-        parts = collect_rows(
-            row_ring_ptr, own, row_first + row, in_batch, step_base + step, batch, SLICES, BLOCK_S, EXCHANGE
-        )
-        sums = ()
-        for k in tl.static_range(len(own)):
-            sums = sums + (tl.sum(parts[k], 1),)
-        late = grad_finish(pending, stats, sums, HIDDEN, eps)
-        if HAS_LENGTHS:
-            late = zero_unless(valid, late)
-        publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
-
-        if not LOCAL:
-            arrive(counter, EXCHANGE)
-            arrivals += SLICES
+        if EXCHANGES == 2:
+            if SLICES > 1:
+                wait(counter, arrivals, EXCHANGE)
+            parts = collect_rows(
+                row_ring_ptr, own, row_first + row, in_batch, row_step, batch, SLICES, BLOCK_S, EXCHANGE
+            )
+            late = grad_finish(pending, stats, add_slices(parts), HIDDEN, eps)
+            if HAS_LENGTHS:
+                late = zero_unless(valid, late)
+            publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
+            if not LOCAL:
+                arrive(counter, EXCHANGE)
+                arrivals += SLICES
         # What the next step reads comes while the others arrive; the last step has no next one and reads its own again.
+        step_stats = stats
+        companion_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) + place
         t -= tl.where(step + 1 < steps, t_step, 0)
         chunk_t = tl.cast(t - chunk_start, tl.int64)
         z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
@@ -353,31 +399,63 @@ def backward_kernel(
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        if LOCAL:
-            for k in tl.static_range(len(EARLY)):
-                dh_prev = multiply_local(early[k], weights, EARLY[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
-            for k in tl.static_range(len(LATE)):
-                dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
-        else:
-            for k in tl.static_range(len(EARLY)):
-                dh_prev = multiply_exchanged(
-                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
-                )
+        if EXCHANGES == 1:
+            companions = ()
+            for k in tl.static_range(len(own)):
+                companion = tl.load(companion_ptr + k * steps * size + companion_place, mask=mask, other=0.0)
+                companions = companions + (companion,)
             wait(counter, arrivals, EXCHANGE)
-            for k in tl.static_range(len(LATE)):
+            for k in tl.static_range(len(EARLY)):
                 dh_prev = multiply_exchanged(
                     *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                    *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                 )
-        dh_prev = leave_tensor_core(dh_prev)
+            for k in tl.static_range(len(LATE)):
+                dh_prev = multiply_exchanged(
+                    *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                    *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                )
+            parts = collect_rows(
+                row_ring_ptr, own, row_first + row, in_batch, row_step, batch, SLICES, BLOCK_S, EXCHANGE
+            )
+            sums = add_slices(parts)
+            late = grad_finish(pending, step_stats, sums, HIDDEN, eps)
+            if HAS_LENGTHS:
+                late = zero_unless(valid, late)
+            # Nobody waits for these.
+            publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, "none")
+            correction = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+            for k in tl.static_range(len(own)):
+                correction += sums[k][:, None] * companions[k].to(tl.float32)
+            dh_prev = leave_tensor_core(dh_prev) - correction
+        else:
+            if LOCAL:
+                for k in tl.static_range(len(EARLY)):
+                    dh_prev = multiply_local(
+                        early[k], weights, EARLY[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION
+                    )
+                for k in tl.static_range(len(LATE)):
+                    dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
+            else:
+                for k in tl.static_range(len(EARLY)):
+                    dh_prev = multiply_exchanged(
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                        *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                    )
+                wait(counter, arrivals, EXCHANGE)
+                for k in tl.static_range(len(LATE)):
+                    dh_prev = multiply_exchanged(
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
+                        *(LATE[k], LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                    )
+            dh_prev = leave_tensor_core(dh_prev)
         if HAS_LENGTHS:
             dh = tl.where(valid, dh_prev, dh)
         else:
             dh = dh_prev
         dc = dc_prev
-        # The last load that the next step reads, and so the one whose layout all its pointwise work takes over; were that
-        # the products', every tile would change layout. Loaded two steps ahead, because it comes so late.
+        # The last load that the next step reads, and so the one whose layout all its pointwise work takes over; were
+        # that the products', every tile would change layout. Loaded two steps ahead, because it comes so late.
         dy = dy_next
         t_after = t_last - tl.minimum(step + 2, steps - 1) * t_step
         dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * size + tile_place + place, mask=mask, other=0.0)

@@ -77,7 +77,7 @@ def load_words(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, B
         missing = missing | (word == -1).to(tl.int32)
         words = words + (word,)
     # One reduction over the program for all tiles: each costs two block barriers.
-    return words, tl.max(tl.max(missing, 1), 0)
+    return words, tl.max(missing)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def load_tagged(rows_ptr, place, mask, tag, COUNT: tl.constexpr, SLICES: tl.cons
         word = tl.load(rows_ptr + place + k * SLICES, mask=mask, other=0, volatile=True)
         missing = missing | ((word >> 32) != tag).to(tl.int32)
         words = words + (word,)
-    return words, tl.max(tl.max(tl.where(mask, missing, 0), 1), 0)
+    return words, tl.max(tl.where(mask, missing, 0))
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def mean_and_m2(x, count, mask):
 
 @triton.jit
 def mean_m2_and_logsumexp(x, y, count, mask):
-    """Return `mean_and_m2` of x, then the maximum of y and Σ exp(y − maximum), tiles [R, N] alike, in two reductions."""
+    """Return `mean_and_m2` of x, then the maximum of y and Σ exp(y − maximum) [R], by two reductions of both tiles."""
     x = tl.where(mask, x, 0.0)
     y = tl.where(mask, y, float("-inf"))
     total, maximum = tl.reduce((x, y), 1, add_and_maximum)

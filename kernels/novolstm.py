@@ -11,6 +11,7 @@ all H units; gamma and beta are [1, N], with the gate gain folded in. README.md 
                                       -> row sums, dz of the early gates, pending, dc_prev, dγ's and dβ's shares
     grad_finish(pending, stats, sums, total, eps)
                                       -> dz of the late gates, those that need the sums over all slices
+    companions(z, stats, mask, total) -> one tile per row sum: what a late gate's dz loses per unit of that sum
 """
 
 import dataclasses
@@ -86,6 +87,16 @@ def formula_grad_finish(pending, stats, sums, total, eps):
 
 
 @triton.jit
+def formula_companions(z, stats, mask, total):
+    """Return p of S1, w of S2 and w·x̂ of S3, with w = rstd·s(1−s)/H: see `formula_grad_finish`."""
+    mean, rstd, lse = stats
+    s = tl.sigmoid(z[0])
+    w = rstd[:, None] * s * (1.0 - s) / total
+    p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
+    return p, w, w * (s - mean[:, None]) * rstd[:, None]
+
+
+@triton.jit
 def notebook_partials(z, count, mask):
     """Return mean and M2 of q = σ(z_i)·p. The p block of z holds softmax(x W_pᵀ + b_p) itself: it needs no h."""
     return mean_and_m2(tl.sigmoid(z[0]) * z[4], count, mask)
@@ -131,6 +142,15 @@ def notebook_grad_finish(pending, stats, sums, total, eps):
     return dq * p * s * (1.0 - s), p * (dq * s - (s3 * eps * rstd * rstd)[:, None])
 
 
+@triton.jit
+def notebook_companions(z, stats, mask, total):
+    """Return w of S2 and w·q̂ of S3, with w = rstd·p·s(1−s)/H: see `notebook_grad_finish`."""
+    mean, rstd = stats
+    s = tl.sigmoid(z[0])
+    w = rstd[:, None] * z[4] * s * (1.0 - s) / total
+    return w, w * (s * z[4] - mean[:, None]) * rstd[:, None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What the launcher and the persistent kernels need to know of a cell."""
@@ -144,6 +164,7 @@ class Cell:
     update: Any
     grad_local: Any
     grad_finish: Any
+    companions: Any
     partial_rows: int
     """Row sums that `partials` returns: what a forward step exchanges, besides h."""
     stats: int
@@ -154,6 +175,8 @@ class Cell:
     """Gates whose dz needs no sum over other slices, in the order `grad_local` returns them."""
     late: tuple[int, ...]
     """The other gates, in the order `grad_finish` returns them."""
+    companion_gates: tuple[int, ...]
+    """The late gate with a recurrent weight that each row sum, in order, takes its companion from."""
     softmax_gate: int | None = None
     """A gate without recurrent weight that is passed through a softmax over the units before the recurrence."""
 
@@ -166,11 +189,13 @@ FORMULA = Cell(
     update=formula_update,
     grad_local=formula_grad_local,
     grad_finish=formula_grad_finish,
+    companions=formula_companions,
     partial_rows=4,
     stats=3,
     grad_rows=3,
     early=(1, 2, 3),
     late=(0, 4),
+    companion_gates=(4, 0, 0),
 )
 
 NOTEBOOK = Cell(
@@ -181,10 +206,12 @@ NOTEBOOK = Cell(
     update=notebook_update,
     grad_local=notebook_grad_local,
     grad_finish=notebook_grad_finish,
+    companions=notebook_companions,
     partial_rows=2,
     stats=2,
     grad_rows=2,
     early=(1, 2, 3),
     late=(0, 4),
+    companion_gates=(0, 0),
     softmax_gate=4,
 )

@@ -136,6 +136,7 @@ def backward(
     z_all, dz_all = x.new_empty(chunk_rows, cell.gates * hidden), x.new_empty(chunk_rows, cell.gates * hidden)
     c_all = torch.empty(min(steps, chunk) + 1, batch, hidden, **fp32)
     stats_all = torch.empty(cell.stats * chunk_rows, **fp32)
+    companions = _Companions(cell, kernel_plan, x, min(steps, chunk), hidden)
     row_ring = _row_ring(kernel_plan, batch, cell.grad_rows, x.device)
     counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
 
@@ -157,7 +158,10 @@ def backward(
         recurrent.addmm_(h_prev, weight_hh.t())
         _softmax_gate(z, cell, hidden)
         c[0] = c_border[number]
-        _recompute_states(cell, kernel_plan, z, stats, c, (gamma, beta), lengths, eps, (first, stride, start))
+        companions.begin_chunk(rows)
+        walk_c = (first, stride, start)
+        _recompute_states(cell, kernel_plan, z, stats, companions.operands, c, (gamma, beta), lengths, eps, walk_c)
+        companions.multiply(weight_hh)
         if kernel_plan.exchange == "words":
             _fill_missing(dz)
         for tile, grid in _launches(kernel_plan):
@@ -174,7 +178,9 @@ def backward(
                 lengths,
                 c,
                 dy,
+                companions.products,
                 row_ring,
+                companions.late_ring,
                 counters[number, tile:],
                 dz,
                 dh,
@@ -187,6 +193,7 @@ def backward(
                 stride,
                 start,
                 (len(walk) - 1 - number) * chunk,
+                companions.late_slots,
                 tile,
                 eps,
                 **constants,
@@ -236,6 +243,38 @@ class _HRing:
         self.first = (self.first + steps) % self.buffer.shape[0]
 
 
+class _Companions:
+    """What backward needs for one exchange a step; with two, empty tensors that no kernel touches.
+
+    operands [S·rows, H] are the cell's companions of its S row sums, products [S·rows, H] those times the recurrent
+    weights of their gates, and late_ring [late_slots, B, late gates·H] is where slices exchange dz of the late gates.
+    Both exchanges use it as they use `_HRing`.
+    """
+
+    def __init__(self, cell: Cell, kernel_plan: KernelPlan, x: Tensor, chunk: int, hidden: int) -> None:
+        self._gates = cell.companion_gates if kernel_plan.exchanges == 1 else ()
+        self._words = kernel_plan.exchange == "words"
+        self._buffers = x.new_empty(2, len(self._gates) * chunk * x.shape[1], hidden)
+        self.late_slots = (chunk if self._words else 2) if self._gates else 1
+        self.late_ring = x.new_empty(self.late_slots, x.shape[1] if self._gates else 0, len(cell.late) * hidden)
+        self.operands, self.products = self._buffers
+
+    def begin_chunk(self, rows: int) -> None:
+        """Take the buffers' first parts for a chunk of so many rows (t, b)."""
+        self.operands, self.products = self._buffers[:, : len(self._gates) * rows]
+        if self._words:
+            _fill_missing(self.late_ring)
+
+    def multiply(self, weight_hh: Tensor) -> None:
+        """Make the products, once the operands are there; weight_hh is [recurrent·H, H]."""
+        if not self._gates:
+            return
+        rows, hidden = self.operands.shape[0] // len(self._gates), weight_hh.shape[1]
+        for k, gate in enumerate(self._gates):
+            part, weight = slice(k * rows, (k + 1) * rows), weight_hh[gate * hidden : (gate + 1) * hidden]
+            torch.mm(self.operands[part], weight, out=self.products[part])
+
+
 def _row_ring(kernel_plan: KernelPlan, batch: int, rows: int, device: torch.device) -> Tensor:
     """Return the ring [2, B, rows, slices] for the rows that a step exchanges."""
     shape = (2, batch, rows, kernel_plan.slices)
@@ -266,6 +305,7 @@ def kernel_constants(
         update=cell.update,
         grad_local=cell.grad_local,
         grad_finish=cell.grad_finish,
+        companions=cell.companions,
         EARLY=cell.early,
         LATE=cell.late,
         GATES=cell.gates,
@@ -284,6 +324,7 @@ def kernel_constants(
         UNROLL=8,
         RESIDENT=kernel_plan.resident,
         EXCHANGE=kernel_plan.exchange,
+        EXCHANGES=kernel_plan.exchanges,
         HAS_LENGTHS=has_lengths,
         PRECISION=precision,
     )
@@ -403,13 +444,14 @@ def _recompute_states(
     kernel_plan: KernelPlan,
     z: Tensor,
     stats: Tensor,
+    companions: Tensor,
     c: Tensor,
     affine: tuple[Tensor, Tensor],
     lengths: Tensor | None,
     eps: float,
     walk: tuple[int, int, int],
 ) -> None:
-    """Fill stats and c[1:] of a chunk from its pre-activations z and c[0]; walk is (first t, stride, start)."""
+    """Fill stats, companions and c[1:] of a chunk from its z and c[0]; walk is (first t, stride, start)."""
     (_, batch, hidden), rows = c.shape, z.shape[0]
     constants = [
         kernel_constants(kernel, cell, hidden, kernel_plan, lengths is not None, "ieee")
@@ -418,7 +460,7 @@ def _recompute_states(
     with _on(z.device):
         grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
         constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
-        statistics_kernel[grid](z, stats, rows, eps, **constants[0], **FUSION)
+        statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
         grid = (batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
         cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, c.shape[0] - 1, *walk, **constants[1], **FUSION)
 

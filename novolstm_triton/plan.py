@@ -64,6 +64,8 @@ class KernelPlan:
     resident: bool
     """Whether the recurrent weights stay in shared memory for all steps; otherwise they stream from L2."""
     exchange: str
+    exchanges: int
+    """Exchanges among slices in a step: two, or, in backward at the price of a few products more, one."""
     tiles: int
     """Batch tiles in all."""
     tiles_per_launch: int
@@ -95,6 +97,7 @@ class Pins:
     block_k: int | None = None
     resident: bool | None = None
     exchange: str | None = None
+    exchanges: int | None = None
     num_warps: int | None = None
     chunk: int | None = None
     device: Device | None = None
@@ -111,6 +114,7 @@ def forced(
     block_k: int | None = None,
     resident: bool | None = None,
     exchange: str | None = None,
+    exchanges: int | None = None,
     num_warps: int | None = None,
     chunk: int | None = None,
     device: Device | None = None,
@@ -123,6 +127,8 @@ def forced(
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
         exchange: "none" (one slice), "barrier", or "words" (resident weights only).
+        exchanges: exchanges per step of backward with several slices, 2, or 1: companion products (kernels/README.md)
+            save the second one. Forward needs two.
         num_warps: warps per program, a power of two from 1 to 32.
         chunk: time steps per chunk; of the torch backend, too.
         device: plan as if for this device, whatever the tensors are on.
@@ -138,6 +144,8 @@ def forced(
             raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {exchange!r}")
+    if exchanges is not None and exchanges not in (1, 2):
+        raise ValueError(f"exchanges: expected 1 or 2, got {exchanges}")
     if num_warps is not None and num_warps not in (1, 2, 4, 8, 16, 32):
         raise ValueError(f"num_warps: expected a power of two from 1 to 32, got {num_warps}")
     given = dict(
@@ -146,6 +154,7 @@ def forced(
         block_k=block_k,
         resident=resident,
         exchange=exchange,
+        exchanges=exchanges,
         num_warps=num_warps,
         chunk=chunk,
         device=device,
@@ -237,6 +246,8 @@ _FLOPS_PER_CLOCK = 2.0 * 1270
 _BARRIER_US = 0.75
 _BARRIER_US_PER_SLICE = 0.004
 _FIXED_US = 0.3
+_ELEMENTS = 2048
+"""Elements of the largest tile whose gates, statistics and gradients eight warps can keep in registers."""
 _POINTWISE_US_PER_ELEMENT = 9 / (16 * _CLOCKS_PER_US)
 
 
@@ -264,12 +275,15 @@ def candidates(
     if pins.exchange == "words":
         residencies = (True,)
     blocks_b = (16, 32, 64) if pins.block_b is None else (pins.block_b,)
+    # Whoever pins a tile gets it, though it may spill.
+    anything = device.backend == "interpreter" or pins.slices is not None or pins.block_b is not None
     for slicing, resident, block_b in itertools.product(_slicings(hidden, device, pins), residencies, blocks_b):
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
             candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
-            if candidate.smem_bytes <= device.smem_bytes:
+            in_registers = anything or _fits_registers(hidden, device, tile, resident, backward)
+            if candidate.smem_bytes <= device.smem_bytes and in_registers:
                 fitting.append(candidate)
                 break
     if not fitting:
@@ -278,6 +292,23 @@ def candidates(
             f"bytes, the limit {device.smem_bytes}"
         )
     return fitting
+
+
+def _fits_registers(
+    hidden: int, device: Device, tile: tuple[int, int, int, int], resident: bool, backward: bool
+) -> bool:
+    """Return whether a tile's gates, statistics and gradients stay in registers; the compilers were asked.
+
+    Forward holds one product per gate at once, so its tiles of 64 rows are the critical ones: 64×32 spills on a tensor
+    core without wgmma, and with wgmma a chain of products with resident weights does.
+    """
+    block_b, block_n, block_k, _ = tile
+    if block_b * block_n > _ELEMENTS:
+        return False
+    if backward or block_b < 64:
+        return True
+    wgmma = isinstance(device.arch, int) and device.arch >= 90
+    return (wgmma or block_n < 32) and not (resident and block_k < hidden)
 
 
 def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
@@ -341,7 +372,8 @@ def _loops_k(
         # One tile that is h itself: it stays in registers.
         yield slicing.block_n, 1
     elif resident:
-        yield _block_k(hidden, 1024 // itemsize), 1
+        for largest in (1024, 512, 256):
+            yield _block_k(hidden, largest // itemsize), 1
     else:
         sizes = (128 // itemsize, 64 // itemsize, 16) if pins.block_k is None else (pins.block_k,)
         yield from ((size, stages) for size, stages in itertools.product(sizes, (3, 2, 1)) if size >= 16)
@@ -365,14 +397,16 @@ def _candidate(
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n
+    words = slices > 1 and pins.exchange == "words"
     # Fewest that keep every register on chip, as the compile report shows. On AMD more warps get fewer registers.
-    crowded = elements > 512 or (backward and block_n == 16)
+    crowded = elements > 512 or block_b > 16 or (elements == 512 and not resident) or words
     num_warps = pins.num_warps or (8 if crowded and device.backend != "hip" else 4)
+
+    exchanges = pins.exchanges or 2 if backward and slices > 1 else 2
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
     weight_bytes = recurrent * padded_k * block_n * operand_bytes
-    words = slices > 1 and pins.exchange == "words"
     # Self-validating words are tested all at once: every tile of h is in flight.
     scratch = 4096 + block_b * (padded_k if words else block_k) * operand_bytes + 8 * elements
     if not resident:
@@ -389,7 +423,7 @@ def _candidate(
     step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
     if slices > 1:
         gathered = block_b * hidden * itemsize * (recurrent if backward else 1)
-        step_us += 2 * (_BARRIER_US + _BARRIER_US_PER_SLICE * slices)
+        step_us += exchanges * (_BARRIER_US + _BARRIER_US_PER_SLICE * slices)
         step_us += gathered / _L2_BYTES_PER_CLOCK / _CLOCKS_PER_US
     return KernelPlan(
         slices=slices,
@@ -399,6 +433,7 @@ def _candidate(
         block_k=block_k,
         resident=resident,
         exchange="none" if slices == 1 else pins.exchange or "barrier",
+        exchanges=exchanges,
         tiles=tiles,
         tiles_per_launch=together,
         num_warps=num_warps,

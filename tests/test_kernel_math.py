@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from novolstm_triton.kernels.math import (
-    max_and_sumexp,
     mean_and_m2,
+    mean_m2_and_logsumexp,
     merge_logsumexp,
     merge_mean_and_m2,
     tanh,
@@ -40,11 +40,8 @@ def statistics_kernel(x_ptr, out_ptr, UNITS: tl.constexpr, SLICES: tl.constexpr,
     mask = place < UNITS
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
     counts = tl.sum(mask.to(tl.float32), 1)
-    mean = tl.sum(x, 1) / tl.maximum(counts, 1.0)
-    deviation = tl.where(mask, x - mean[:, None], 0.0)
-    m2 = tl.sum(deviation * deviation, 1)
+    mean, m2, maximum, sumexp = mean_m2_and_logsumexp(x, x, counts, mask)
     merged_mean, merged_m2 = merge_mean_and_m2(mean[None, :], m2[None, :], counts, UNITS)
-    maximum, sumexp = max_and_sumexp(x, mask)
     one = tl.arange(0, 1)
     tl.store(out_ptr + one, merged_mean)
     tl.store(out_ptr + 1 + one, merged_m2)

@@ -79,7 +79,7 @@ def test_sixteen_bit_dtypes(dtype, slices, variant):
 
 
 # Buffers in which words tell by their own bits whether they have arrived: no access to them is ordered by another.
-SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr")
+SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr", "late_ring_ptr")
 
 
 @pytest.mark.parametrize("variant", ["formula", "notebook"])
@@ -98,6 +98,28 @@ def test_self_validating_words(seed, lengths, variant):
     assert_as_exact_as_eager(problem, result, torch.float32)
 
 
+@pytest.mark.parametrize("exchanges", [1, 2])
+@pytest.mark.parametrize("exchange", ["barrier", "words"])
+def test_exact_under_fifty_schedules(exchange, exchanges):
+    problem = Problem(steps=3, batch=2, hidden=5, lengths=True)
+    exempt = SELF_VALIDATING if exchange == "words" else ()
+    pins = dict(exchange=exchange, exchanges=exchanges, slices=3, chunk=2)
+    for seed in range(50):
+        with cooperative(seed, poison=exchange == "barrier", exempt=exempt), plan.forced(device=ROOMY, **pins):
+            result = problem.run("triton", torch.float32)
+        assert_as_exact_as_eager(problem, result, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("slices", [2, 4])
+def test_one_exchange_in_backward(slices, variant, dtype):
+    problem = Problem(steps=7, batch=18, hidden=40, variant=variant, lengths=slices == 2, reverse=slices == 4)
+    with cooperative(slices), plan.forced(device=ROOMY, slices=slices, chunk=3, exchanges=1):
+        result = problem.run("triton", dtype)
+    assert_as_exact_as_eager(problem, result, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_self_validating_words_of_sixteen_bits(dtype):
     problem = Problem(steps=5, batch=3, hidden=40, lengths=True)
@@ -106,10 +128,10 @@ def test_self_validating_words_of_sixteen_bits(dtype):
     assert_as_exact_as_eager(problem, result, dtype)
 
 
-@pytest.mark.parametrize("exchange", ["barrier", "words"])
+@pytest.mark.parametrize(("exchange", "exchanges"), [("barrier", 2), ("words", 2), ("words", 1)])
 @pytest.mark.parametrize("bad", ["x", "h_0", "c_0", "weight_hh", "dy"])
 @pytest.mark.parametrize("value", ["nan", "inf", "all-ones"])
-def test_bad_numbers_end_and_show(exchange, bad, value):
+def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
     """Whatever the data, no program may wait for ever; all-ones is the NaN with which "words" marks what is missing."""
     inputs, _, grads = Problem(steps=3, batch=2, hidden=6).draw()
     arguments = [a.float() for a in inputs]
@@ -122,7 +144,8 @@ def test_bad_numbers_end_and_show(exchange, bad, value):
         target.view(-1)[0] = float(value)
     arguments = [a.requires_grad_() for a in arguments]
     exempt = SELF_VALIDATING if exchange == "words" else ()
-    with cooperative(3, exempt=exempt), plan.forced(device=ROOMY, exchange=exchange, slices=2, chunk=2):
+    pins = dict(exchange=exchange, exchanges=exchanges, slices=2, chunk=2)
+    with cooperative(3, exempt=exempt), plan.forced(device=ROOMY, **pins):
         outputs = novolstm(*arguments, backend="triton")
         gradients = torch.autograd.grad(outputs, arguments, grads)
     if value != "inf":
