@@ -6,8 +6,9 @@ It finds novolstm_triton as an installed package, or as what gpu_library.py has 
 from typing import Any
 
 import torch
+from layers import DTYPES, pinned
 
-from novolstm_triton import NovoLSTM
+from novolstm_triton import NovoLSTM, problems
 from novolstm_triton.functional import novolstm
 
 MEMORY_RATIO = 0.4
@@ -95,3 +96,29 @@ def peaks(steps: int, batch: int, inputs: int, hidden: int, dtype: torch.dtype) 
         x.grad = None
         layer.zero_grad(set_to_none=True)
     return found[0], found[1]
+
+
+def measure(claim: str, problem: dict[str, Any], dtype: str, pins: dict[str, Any]) -> float:
+    """Return a claim's figure. Arguments are of JSON's types, for `novolstm_triton.isolated`.
+
+    Args:
+        claim: "exact": the largest error in units of its bound; "graph": arrays that differ; "nosync": nothing, or it
+            raises; "memory": the ratio of the peaks in units of MEMORY_RATIO.
+        problem: fields of `novolstm_triton.problems.Problem`.
+        dtype: a key of `layers.DTYPES`.
+        pins: arguments of `plan.forced`.
+
+    Raises:
+        ValueError: the device refuses the plan.
+    """
+    drawn = problems.Problem(device="cuda", **problem)
+    with pinned(pins):
+        if claim == "exact":
+            return max(problems.excess(*pair) for pair in problems.compare(drawn, "triton", DTYPES[dtype]).values())
+        if claim == "graph":
+            return float(graph_differences(drawn, DTYPES[dtype]))
+        if claim == "nosync":
+            run_without_waiting(drawn, DTYPES[dtype])
+            return 0.0
+        ours, theirs = peaks(drawn.steps, drawn.batch, drawn.inputs_size, drawn.hidden, DTYPES[dtype])
+        return ours / theirs / MEMORY_RATIO

@@ -23,9 +23,11 @@ GROUPS = (2, 4, 8, 16, 32, 64, 128)
 
 
 @triton.jit
-def barrier_kernel(counter_ptr, rounds, GROUP: tl.constexpr):
-    """Meet `rounds` times at a counter barrier; the grid has GROUP programs, and the counter is zero."""
+def barrier_kernel(counter_ptr, words_ptr, rounds, GROUP: tl.constexpr):
+    """Publish a row of words and meet at a counter barrier, `rounds` times; GROUP programs, a counter of zero."""
+    words = tl.program_id(0) * 128 + tl.arange(0, 128)
     for number in range(rounds):
+        tl.store(words_ptr + words, words + number)
         tl.debug_barrier()
         tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
         while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < (number + 1) * GROUP:
@@ -112,10 +114,11 @@ def per_round_us(run: Callable[[int], Any], rounds: int, device: str) -> float:
 def barrier(device: str, group: int, rounds: int) -> float:
     """Return the time of a barrier among `group` programs in µs."""
     counter = torch.zeros(1, dtype=torch.int32, device=device)
+    words = torch.zeros(group * 128, dtype=torch.int32, device=device)
 
     def run(count: int) -> None:
         counter.zero_()
-        barrier_kernel[(group,)](counter, count, GROUP=group, **_together(group))
+        barrier_kernel[(group,)](counter, words, count, GROUP=group, **_together(group))
 
     return per_round_us(run, rounds, device)
 
