@@ -1,7 +1,7 @@
 """NovoLSTM on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
 
-`test_time` shows the times side by side; `test_ratio` alternates the two layers, so that whatever else the machine does
-meets both, and holds the ratio of forward + backward under its bound.
+`test_ratio` alternates the two layers, so that whatever else the machine does meets both, and holds the ratio of
+forward + backward under its bound. Other layers and sizes, one at a time: bench_throughput.py.
 """
 
 import statistics
@@ -27,21 +27,17 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def job(layer_type: type[torch.nn.Module], sizes: tuple[int, int, int, int], passes: str) -> Callable[[], None]:
-    """Return a function that runs a layer once: "forward" without a graph, or "both" forward and backward."""
+def job(layer_type: type[torch.nn.Module], sizes: tuple[int, int, int, int]) -> Callable[[], None]:
+    """Return a function that runs a layer once, forward and backward."""
     steps, batch, inputs, hidden = sizes
     torch.manual_seed(0)
     layer, x, dy = layer_type(inputs, hidden), torch.randn(steps, batch, inputs), torch.randn(steps, batch, hidden)
-
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
 
     def both() -> None:
         layer.zero_grad()
         layer(x)[0].backward(dy)
 
-    return forward if passes == "forward" else both
+    return both
 
 
 def rounds_of(sizes: tuple[int, int, int, int]) -> int:
@@ -50,17 +46,9 @@ def rounds_of(sizes: tuple[int, int, int, int]) -> int:
     return min(41, max(7, 2**36 // (steps * batch * (inputs + hidden) * 5 * hidden)))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("passes", ["forward", "both"])
-@pytest.mark.parametrize("sizes", BOUNDS, ids=IDS)
-def test_time(benchmark, sizes, passes, layer):
-    benchmark.group = f"{IDS[list(BOUNDS).index(sizes)]} {passes}"
-    benchmark.pedantic(job(LAYERS[layer], sizes, passes), rounds=rounds_of(sizes), warmup_rounds=2)
-
-
 @pytest.mark.parametrize("sizes", BOUNDS, ids=IDS)
 def test_ratio(benchmark, sizes):
-    jobs = {name: job(layer_type, sizes, "both") for name, layer_type in LAYERS.items()}
+    jobs = {name: job(layer_type, sizes) for name, layer_type in LAYERS.items()}
     times_ms = {name: [] for name in jobs}
 
     def alternate() -> None:

@@ -24,6 +24,7 @@ def test_layers_run_on_a_cpu(name):
     layer.run("forward")
     assert layer.x.grad is None
     layer.run("forward_backward")
+    assert layer.x.grad is not None
     assert layer.x.grad.abs().sum() > 0
     assert all(parameter.grad is not None for parameter in layer.module.parameters())
     layer.clear()
