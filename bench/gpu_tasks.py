@@ -64,6 +64,7 @@ def all_tasks(flashrnn: bool = False) -> list[Task]:
         check("exact", 40, 5, 100, "fp32", core=True, lengths=True, reverse=True),
         check("exact", 33, 33, 256, "fp16", core=True, variant="notebook", lengths=True),
         check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="words")),
+        check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="cluster")),
         check("repeat", 256, 16, 512, "bf16", core=True),
         check("graph", 64, 16, 512, "bf16", core=True, inputs_size=512),
         check("nosync", 64, 16, 512, "bf16", core=True, inputs_size=512),
