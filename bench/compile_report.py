@@ -86,7 +86,7 @@ def compile_kernel(
         row |= dict(weight_loads_in_loop=weight_loads_in_loop(compiled.asm["ttgir"]))
         row |= {
             name: getattr(kernel_plan, name)
-            for name in ("exchange", "exchanges", "block_b", "block_n", "block_k", "num_warps")
+            for name in ("exchange", "exchanges", "ctas", "block_b", "block_n", "block_k", "num_warps")
         }
     return row
 
@@ -133,13 +133,13 @@ def releases_before_barrier(ptx: str) -> int:
     return count
 
 
-def barriers_per_step(ptx: str) -> int:
-    """Count the block-wide barriers of the longest loop, the one over time; each round of a wait counts once."""
+def barriers_per_step(ptx: str, instruction: str) -> int:
+    """Count an instruction in the longest loop, the one over time; each round of a wait counts once."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$\w+:", line)}
     jumps = [(labels.get(m[1], number), number) for number, line in enumerate(lines) if (m := _JUMP.search(line))]
     first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(0, 0))
-    return sum("bar.sync" in line for line in lines[first:last])
+    return sum(instruction in line for line in lines[first:last])
 
 
 _JUMP = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
@@ -175,7 +175,8 @@ def _resources(compiled, device: planning.Device) -> dict:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        barriers=barriers_per_step(ptx),
+        barriers=barriers_per_step(ptx, "bar.sync"),
+        cluster_barriers=barriers_per_step(ptx, "barrier.cluster.arrive"),
         releases=len(re.findall(r"(?:atom|red)\.[\w.]*release", ptx)),
         acquires=len(re.findall(r"(?:atom|ld)\.[\w.]*acquire", ptx)),
         releases_before_barrier=releases_before_barrier(ptx),

@@ -323,7 +323,8 @@ def kernel_constants(
         BLOCK_H=min(256, triton.next_power_of_2(hidden)),
         UNROLL=8,
         RESIDENT=kernel_plan.resident,
-        EXCHANGE=kernel_plan.exchange,
+        # To its kernel a cluster is one program: its exchanges are the compiler's.
+        EXCHANGE="none" if kernel_plan.ctas > 1 else kernel_plan.exchange,
         EXCHANGES=kernel_plan.exchanges,
         HAS_LENGTHS=has_lengths,
         PRECISION=precision,
@@ -373,8 +374,16 @@ def _launches(kernel_plan: KernelPlan) -> Iterator[tuple[int, tuple[int, int]]]:
 
 
 def compile_options(kernel_plan: KernelPlan) -> dict[str, Any]:
-    """Return the options with which the persistent kernels are compiled."""
+    """Return the options with which the persistent kernels are compiled.
+
+    Raises:
+        RuntimeError: this Triton cannot compile for a cluster of thread blocks.
+    """
     options: dict[str, Any] = dict(FUSION, num_warps=kernel_plan.num_warps, num_stages=kernel_plan.num_stages)
+    if kernel_plan.ctas > 1:
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+            raise RuntimeError(f"exchange='cluster' needs Triton 3.9 or newer, and this is {triton.__version__}")
+        options["num_ctas"] = kernel_plan.ctas
     if kernel_plan.max_registers is not None:
         options["maxnreg"] = kernel_plan.max_registers
     return options

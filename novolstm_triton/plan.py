@@ -43,8 +43,12 @@ MI300X = Device("MI300X", "hip", "gfx942", 304, 65536, warp_size=64)
 INTERPRETER = Device("interpreter", "interpreter", "cpu", 1, 2**40)
 """Triton's interpreter: it runs one program after another, so programs cannot wait for each other."""
 
-EXCHANGES = ("none", "barrier", "words")
-"""How hidden slices exchange data: a single slice does not; a counter barrier, the default; self-validating words."""
+EXCHANGES = ("none", "barrier", "words", "cluster")
+"""How hidden slices exchange data: a single slice does not; a counter barrier, the default; self-validating words; a
+single slice that a cluster of thread blocks computes together, through each other's shared memory."""
+
+CLUSTERS = (2, 4, 8, 16)
+"""Thread blocks that a cluster may have: eight everywhere, sixteen where the driver allows the non-portable size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,8 @@ class KernelPlan:
     resident: bool
     """Whether the recurrent weights stay in shared memory for all steps; otherwise they stream from L2."""
     exchange: str
+    ctas: int
+    """Thread blocks of the cluster that is one program; 1 unless `exchange` is "cluster"."""
     exchanges: int
     """Exchanges among slices in a step: two, or, in backward at the price of a few products more, one."""
     tiles: int
@@ -122,11 +128,12 @@ def forced(
     """Pin choices of the plan inside the `with` block; what is left out stays as it was.
 
     Args:
-        slices: hidden slices per batch tile.
+        slices: hidden slices per batch tile; with exchange="cluster", thread blocks per cluster.
         block_b: rows per batch tile, a power of two ≥ 16.
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
-        exchange: "none" (one slice), "barrier", or "words" (resident weights only).
+        exchange: "none" (one slice), "barrier", "words" (resident weights only), or "cluster" (resident weights, NVIDIA
+            compute capability 9.0 or newer, Triton 3.9 or newer).
         exchanges: exchanges per step of backward with several slices, 2, or 1: companion products (kernels/README.md)
             save the second one. Forward needs two.
         num_warps: warps per program, a power of two from 1 to 32.
@@ -245,6 +252,8 @@ _L2_BYTES_PER_CLOCK = 38.0
 _FLOPS_PER_CLOCK = 2.0 * 1270
 _BARRIER_US = 0.75
 _BARRIER_US_PER_SLICE = 0.004
+_CLUSTER_BARRIER_US = 0.3
+_CLUSTER_BARRIERS = 4
 _FIXED_US = 0.3
 _ELEMENTS = 2048
 """Elements of the largest tile whose gates, statistics and gradients eight warps can keep in registers."""
@@ -269,46 +278,54 @@ def candidates(
         ValueError: there is none; the message names the limit and the value.
     """
     _check_pins(hidden, device, pins)
+    if pins.exchange == "cluster":
+        _check_cluster(hidden, device, pins)
     itemsize = dtype.itemsize
     fitting, least_smem = [], None
     residencies = (True, False) if pins.resident is None else (pins.resident,)
-    if pins.exchange == "words":
+    if pins.exchange in ("words", "cluster"):
         residencies = (True,)
     blocks_b = (16, 32, 64) if pins.block_b is None else (pins.block_b,)
     # Whoever pins a tile gets it, though it may spill.
     anything = device.backend == "interpreter" or pins.slices is not None or pins.block_b is not None
     for slicing, resident, block_b in itertools.product(_slicings(hidden, device, pins), residencies, blocks_b):
+        # Warp-group products take 64 rows, and run at nearly twice the rate.
+        slow = batch >= 1024 and _has_wgmma(device) and slicing.slices > 1 and block_b < 64
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
             candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
-            in_registers = anything or _fits_registers(hidden, device, tile, resident, backward)
-            if candidate.smem_bytes <= device.smem_bytes and in_registers:
-                fitting.append(candidate)
+            if candidate.smem_bytes <= device.smem_bytes:
+                spills = not _fits_registers(hidden, device, tile, slicing.ctas, resident, backward)
+                fitting.append((0 if anything else 2 * spills + slow, candidate))
                 break
     if not fitting:
         raise ValueError(
             f"no plan for hidden={hidden} fits {device.name}: the least shared memory under the pins is {least_smem} "
             f"bytes, the limit {device.smem_bytes}"
         )
-    return fitting
+    least = min(flaws for flaws, _ in fitting)
+    return [candidate for flaws, candidate in fitting if flaws == least]
 
 
 def _fits_registers(
-    hidden: int, device: Device, tile: tuple[int, int, int, int], resident: bool, backward: bool
+    hidden: int, device: Device, tile: tuple[int, int, int, int], ctas: int, resident: bool, backward: bool
 ) -> bool:
     """Return whether a tile's gates, statistics and gradients stay in registers; the compilers were asked.
 
-    Forward holds one product per gate at once, so its tiles of 64 rows are the critical ones: 64×32 spills on a tensor
-    core without wgmma, and with wgmma a chain of products with resident weights does.
+    Tiles of 64 rows are the critical ones. With resident weights a chain of products over several K tiles spills them;
+    in forward, which holds one product per gate at once, so do 64×32 on a tensor core without wgmma.
     """
     block_b, block_n, block_k, _ = tile
-    if block_b * block_n > _ELEMENTS:
+    if block_b * block_n // ctas > _ELEMENTS:
         return False
-    if backward or block_b < 64:
+    if block_b < 64:
         return True
-    wgmma = isinstance(device.arch, int) and device.arch >= 90
-    return (wgmma or block_n < 32) and not (resident and block_k < hidden)
+    return (backward or _has_wgmma(device) or block_n < 32) and not (resident and block_k < hidden)
+
+
+def _has_wgmma(device: Device) -> bool:
+    return isinstance(device.arch, int) and 90 <= device.arch < 120
 
 
 def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
@@ -320,7 +337,7 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
                 f"slices={pins.slices}: slices wait for each other and must be resident together, and "
                 f"{device.name} holds {device.multiprocessors}"
             )
-        if pins.exchange is not None and (pins.exchange == "none") != (pins.slices == 1):
+        if pins.exchange not in (None, "cluster") and (pins.exchange == "none") != (pins.slices == 1):
             wanted = "'none'" if pins.slices == 1 else "'barrier' or 'words'"
             raise ValueError(f"exchange={pins.exchange!r}: slices={pins.slices} needs {wanted}")
     elif pins.exchange in ("barrier", "words") and (hidden == 1 or device.multiprocessors == 1):
@@ -333,8 +350,19 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
             f"num_warps={pins.num_warps}: a program has at most 1024 threads, and {device.name} has "
             f"{device.warp_size} in a warp"
         )
-    if pins.exchange == "words" and pins.resident is False:
-        raise ValueError("exchange='words' needs the weights on chip, and resident=False streams them")
+    if pins.exchange in ("words", "cluster") and pins.resident is False:
+        raise ValueError(f"exchange={pins.exchange!r} needs the weights on chip, and resident=False streams them")
+
+
+def _check_cluster(hidden: int, device: Device, pins: Pins) -> None:
+    if not isinstance(device.arch, int) or device.arch < 90 or device.arch >= 120:
+        raise ValueError(f"exchange='cluster' needs compute capability 9.0 to 10.3, and {device.name} is {device.arch}")
+    if pins.slices is not None and pins.slices not in CLUSTERS:
+        raise ValueError(f"slices={pins.slices}: a cluster has one of {list(CLUSTERS)} thread blocks")
+    # Each block takes a tile of its own, and tl.dot takes no smaller one.
+    least = 16 * (pins.slices or CLUSTERS[0])
+    if _tile(hidden) < least:
+        raise ValueError(f"exchange='cluster': {least // 16} thread blocks need hidden > {least // 2}, got {hidden}")
 
 
 class _Slicing(NamedTuple):
@@ -343,10 +371,16 @@ class _Slicing(NamedTuple):
     slices: int
     units: int
     block_n: int
+    ctas: int = 1
 
 
 def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[_Slicing]:
     """Yield what the pins and the device's residency allow."""
+    if pins.exchange == "cluster":
+        for ctas in CLUSTERS if pins.slices is None else (pins.slices,):
+            if _tile(hidden) >= 16 * ctas:
+                yield _Slicing(1, hidden, _tile(hidden), ctas)
+        return
     if pins.slices is not None:
         units = -(-hidden // pins.slices)
         yield _Slicing(pins.slices, units, _tile(units))
@@ -391,22 +425,30 @@ def _candidate(
     backward: bool,
     pins: Pins,
 ) -> KernelPlan:
-    (slices, units, _), (block_b, block_n, block_k, num_stages) = slicing, tile
+    (slices, units, _, ctas), (block_b, block_n, block_k, num_stages) = slicing, tile
     padded_k = -(-hidden // block_k) * block_k
     local = resident and slices == 1 and block_k == block_n
     tiles = -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
-    elements = block_b * block_n
+    elements = block_b * block_n // ctas
     words = slices > 1 and pins.exchange == "words"
-    # Fewest that keep every register on chip, as the compile report shows. On AMD more warps get fewer registers.
+    # Fewest that keep every register on chip and the rows of all tiles in the same warps, so that no statistic has to
+    # change warps, as the compile report shows. On AMD more warps get fewer registers.
     crowded = elements > 512 or block_b > 16 or (elements == 512 and not resident) or words
-    num_warps = pins.num_warps or (8 if crowded and device.backend != "hip" else 4)
-
+    spread = block_n == 16 and slices > 32
+    num_warps = pins.num_warps or (
+        4 if device.backend == "hip" else 16 if local and elements > 1024 and ctas == 1 else 0
+    )
+    num_warps = num_warps or (8 if crowded or spread or ctas > 1 else 4)
+    # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
+    # elsewhere a limit of its own choice serves it better.
+    thrifty = backward and resident and block_b == 16 and block_k <= 256
     exchanges = pins.exchanges or 2 if backward and slices > 1 else 2
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
-    weight_bytes = recurrent * padded_k * block_n * operand_bytes
+    # A cluster shares out the weights and the work.
+    weight_bytes = recurrent * padded_k * block_n * operand_bytes // ctas
     # Self-validating words are tested all at once: every tile of h is in flight.
     scratch = 4096 + block_b * (padded_k if words else block_k) * operand_bytes + 8 * elements
     if not resident:
@@ -415,12 +457,14 @@ def _candidate(
         scratch += num_stages * (tiles_in_flight + block_b * block_k) * operand_bytes
     smem_bytes = scratch + (weight_bytes if resident else 0)
 
-    rounds = -(-tiles // together) if slices > 1 else -(-tiles // device.multiprocessors)
+    rounds = -(-tiles // together) if slices > 1 else -(-tiles * ctas // device.multiprocessors)
     read = weight_bytes / (_SMEM_BYTES_PER_CLOCK if resident else _L2_BYTES_PER_CLOCK)
     # Products that feed each other get their warps along the longer side of the tile; on a shorter one work repeats.
     busy = min(4, num_warps, block_n // 8 if block_n > block_b else block_b // 16)
-    multiply = 2 * recurrent * block_b * padded_k * block_n / (_FLOPS_PER_CLOCK * busy / 4)
+    multiply = 2 * recurrent * block_b * padded_k * block_n / ctas / (_FLOPS_PER_CLOCK * busy / 4)
     step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
+    if ctas > 1:
+        step_us += _CLUSTER_BARRIERS * _CLUSTER_BARRIER_US
     if slices > 1:
         gathered = block_b * hidden * itemsize * (recurrent if backward else 1)
         step_us += exchanges * (_BARRIER_US + _BARRIER_US_PER_SLICE * slices)
@@ -432,14 +476,14 @@ def _candidate(
         block_n=block_n,
         block_k=block_k,
         resident=resident,
-        exchange="none" if slices == 1 else pins.exchange or "barrier",
+        exchange="cluster" if ctas > 1 else "none" if slices == 1 else pins.exchange or "barrier",
+        ctas=ctas,
         exchanges=exchanges,
         tiles=tiles,
         tiles_per_launch=together,
         num_warps=num_warps,
         num_stages=num_stages,
-        # Shared memory admits one program per multiprocessor here, which the assembler does not know.
-        max_registers=255 if local and device.backend == "cuda" and num_warps <= 8 else None,
+        max_registers=255 if device.backend == "cuda" and num_warps == 8 and thrifty else None,
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )

@@ -7,7 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import triton
 
+needs_clusters = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="Triton compiles for clusters from 3.9 on"
+)
 REPORT = pathlib.Path(__file__).parent.parent / "bench" / "compile_report.py"
 
 
@@ -67,6 +71,30 @@ def test_programs_that_share_a_tile_release_and_acquire(recurrent):
         expected = 0 if row["slices"] == 1 else 2
         assert (row["releases"], row["acquires"]) == (expected, expected), name(row)
         assert row["releases_before_barrier"] == 0, name(row)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--exchange", "words"], id="words"),
+        pytest.param(["--exchange", "barrier", "--exchanges", "1"], id="one-exchange"),
+        pytest.param(["--exchange", "words", "--exchanges", "1"], id="words-one-exchange"),
+        pytest.param(["--exchange", "cluster"], id="cluster", marks=needs_clusters),
+    ],
+)
+def test_other_exchanges_compile(tmp_path, options):
+    sizes = ["--arch", "sm_90", "--hidden", "256", "--batch", "16", "--kernel", "forward_kernel", "backward_kernel"]
+    forward, backward = report(tmp_path / "report.json", *sizes, *options)
+    for row in (forward, backward):
+        assert row["shared_bytes"] <= row["planned_bytes"] <= row["device_bytes"], name(row)
+        assert row["weight_loads_in_loop"] == 0, name(row)
+    assert forward["spill_bytes"] == 0
+    if "words" in options or "cluster" in options:
+        # Neither has a counter.
+        assert (backward["releases"], backward["acquires"]) == (0, 0)
+    elif "1" in options:
+        assert (backward["releases"], backward["acquires"]) == (1, 1)
+    assert (forward["cluster_barriers"] > 0) == ("cluster" in options)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The plan is pure, stays within its device, and honours pins or says why not."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_pins_nest_and_end():
 
 
 @pytest.mark.parametrize("exchange", plan.EXCHANGES)
-@pytest.mark.parametrize("hidden", [8, 64])
+@pytest.mark.parametrize("hidden", [20, 64])
 def test_exchange_pin(exchange, hidden):
     with plan.forced(exchange=exchange):
         for p in kernel_plans(hidden, 4, torch.bfloat16, plan.H100):
@@ -160,3 +161,46 @@ def test_chunk_is_within_the_sequence(backend):
         assert plan.chunk_steps(5, 64, 512, 2, backend) == 3
     assert 100 <= plan.chunk_steps(10_000, 64, 512, 2, "triton") <= 500
     assert plan.chunk_steps(10_000, 1024, 4096, 2, backend) >= 8
+
+
+def test_no_cliff_from_one_row_to_thousands():
+    """Twice the rows never cost much more than twice the time, nor does a row cost more in a larger batch."""
+    for hidden, device in itertools.product((64, 256, 512, 1024, 2048, 4096), (plan.H200, plan.A100)):
+        launches = [plan.plan(hidden, 2**n, torch.bfloat16, device) for n in range(13)]
+        for small, large in itertools.pairwise(launches):
+            for a, b in ((small.forward, large.forward), (small.backward, large.backward)):
+                assert a.step_us <= b.step_us * 1.001
+                assert b.step_us <= 2.3 * a.step_us, f"{hidden} {device.name}: {a} to {b}"
+
+
+@pytest.mark.parametrize("batch", [1024, 4096])
+@pytest.mark.parametrize("hidden", [256, 512, 1024, 2048])
+def test_large_batches_take_tiles_of_a_warp_group(hidden, batch):
+    launch = plan.plan(hidden, batch, torch.bfloat16, plan.H200)
+    assert launch.forward.block_b == launch.backward.block_b == 64
+
+
+class TestCluster:
+    def test_shares_out_the_weights(self):
+        launch = plan.plan(512, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster"))
+        assert (launch.forward.exchange, launch.forward.slices, launch.forward.ctas) == ("cluster", 1, 16)
+        assert launch.forward.smem_bytes < plan.H200.smem_bytes < 5 * 512 * 512 * 2
+
+    def test_takes_the_pinned_size(self):
+        launch = plan.plan(256, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster", slices=4))
+        assert launch.forward.ctas == launch.backward.ctas == 4
+
+    @pytest.mark.parametrize(
+        ("hidden", "device", "pins", "words"),
+        [
+            (256, plan.A100, {}, "compute capability 9.0"),
+            (256, plan.MI300X, {}, "compute capability 9.0"),
+            (256, plan.H200, dict(slices=3), "slices=3: a cluster has"),
+            (256, plan.H200, dict(resident=False), "needs the weights on chip"),
+            (64, plan.H200, dict(slices=16), "16 thread blocks need hidden > 128, got 64"),
+            (2048, plan.H200, {}, "no plan for hidden=2048 fits H200"),
+        ],
+    )
+    def test_is_refused(self, hidden, device, pins, words):
+        with pytest.raises(ValueError, match=words):
+            plan.plan(hidden, 16, torch.bfloat16, device, pins=plan.Pins(exchange="cluster", **pins))

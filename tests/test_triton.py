@@ -152,6 +152,19 @@ def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
         assert any(t.isnan().any() for t in (*outputs, *gradients))
 
 
+@pytest.mark.parametrize("variant", ["formula", "notebook"])
+def test_cluster(variant):
+    """One program to the interpreter, whose exchanges are the compiler's: what is left is the arithmetic."""
+    problem = Problem(steps=4, batch=3, hidden=40, variant=variant, lengths=True)
+    with cooperative(0, poison=True), plan.forced(device=plan.H200, exchange="cluster"):
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+            with pytest.raises(RuntimeError, match="exchange='cluster' needs Triton 3.9 or newer"):
+                problem.run("triton", torch.float32)
+            return
+        result = problem.run("triton", torch.float32)
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
 def test_batch_beyond_residency_runs_in_successive_launches():
     few = plan.Device("few", "cuda", 90, multiprocessors=5, smem_bytes=2**40)
     problem = Problem(steps=3, batch=70, hidden=20)
