@@ -6,6 +6,9 @@ import pathlib
 import sys
 
 import pytest
+import torch
+
+from novolstm_triton import plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
@@ -103,3 +106,20 @@ def test_cpu_floor_is_operations_or_bytes():
     assert floor.cpu_step_us(floor.LSTM, sizes, slow_sums) == 2 * 4 * 4 * 32 * 48
     assert floor.cpu_step_us(floor.LSTM, sizes, slow_sums, backward=True) == 3 * 2 * 4 * 4 * 32 * 48
     assert floor.cpu_step_us(floor.LSTM, sizes, slow_reads) == 4 * 32 * 32 * 4
+
+
+@pytest.mark.parametrize("exchange", plan.EXCHANGES)
+def test_plans_of_every_exchange_have_a_floor(exchange):
+    sizes = floor.Sizes(steps=1024, batch=16, inputs=128, hidden=128, itemsize=2)
+    plans = plan.plan(128, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange=exchange))
+    both = dict(forward=plans.forward, backward=plans.backward)
+    forward, total = (floor.of_plan(floor.NOVOLSTM, sizes, floor.H200, both, backward=b) for b in (False, True))
+    assert 0.5 < forward < total < 50
+
+
+def test_layers_without_a_plan_are_held_to_the_best_slicing():
+    best = floor.of_plan(floor.LSTM, BF16, floor.H200, None, backward=False)
+    assert best < floor.step_us(floor.LSTM, BF16, floor.Slicing(2), floor.H200)
+    # How another's backward works is not known, nor an unknown device.
+    assert floor.of_plan(floor.LSTM, BF16, floor.H200, None, backward=True) is None
+    assert floor.of_plan(floor.LSTM, BF16, None, None, backward=False) is None
