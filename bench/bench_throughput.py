@@ -144,7 +144,9 @@ def peak_mib(layer: Layer) -> float:
         before = torch.cuda.memory_allocated()
         run_and_wait(layer, "forward_backward")
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # PyTorch 2.11 warns unless told whether to keep events.
+    options = dict(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with torch.profiler.profile(**options) as profile:
         layer.run("forward_backward")
     events = profile.profiler.kineto_results.events()
     memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

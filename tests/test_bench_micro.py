@@ -36,7 +36,8 @@ def test_chase_follows_the_chain():
     order = torch.tensor([2, 0, 3, 1])
     follow, out = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     follow[order] = order.roll(-1).to(torch.int32)
-    gpu_micro.chase_kernel[(1,)](follow, out, 2)
+    with cooperative(0):
+        gpu_micro.chase_kernel[(1,)](follow, out, 2)
     expected = follow[0]
     for _ in range(2):
         expected = follow[expected]
@@ -45,7 +46,8 @@ def test_chase_follows_the_chain():
 
 def test_read_sums_the_whole_buffer():
     data, out = torch.arange(64, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    gpu_micro.read_kernel[(2,)](data, out, 3, 4, BLOCK=16)
+    with cooperative(0):
+        gpu_micro.read_kernel[(2,)](data, out, 3, 4, BLOCK=16)
     assert out.tolist() == [3 * data.sum().item()] * 2
 
 
