@@ -289,8 +289,8 @@ def candidates(
     # Whoever pins a tile gets it, though it may spill.
     anything = device.backend == "interpreter" or pins.slices is not None or pins.block_b is not None
     for slicing, resident, block_b in itertools.product(_slicings(hidden, device, pins), residencies, blocks_b):
-        # Warp-group products take 64 rows, and run at nearly twice the rate.
-        slow = batch >= 1024 and _has_wgmma(device) and slicing.slices > 1 and block_b < 64
+        # Products of a warp group take 64 rows and run at nearly twice the rate. Backward's time is reading dz from L2.
+        slow = batch >= 1024 and _has_wgmma(device) and slicing.slices > 1 and block_b < 64 and not backward
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
             candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
@@ -313,15 +313,17 @@ def _fits_registers(
 ) -> bool:
     """Return whether a tile's gates, statistics and gradients stay in registers; the compilers were asked.
 
-    Tiles of 64 rows are the critical ones. With resident weights a chain of products over several K tiles spills them;
-    in forward, which holds one product per gate at once, so do 64×32 on a tensor core without wgmma.
+    Tiles of 64 rows are the critical ones: with resident weights a chain of products over several K tiles spills them.
+    Forward, which holds one product per gate at once, also spills 64×32 on a tensor core without wgmma; backward spills
+    all of them on one with it.
     """
     block_b, block_n, block_k, _ = tile
     if block_b * block_n // ctas > _ELEMENTS:
         return False
     if block_b < 64:
         return True
-    return (backward or _has_wgmma(device) or block_n < 32) and not (resident and block_k < hidden)
+    critical = _has_wgmma(device) if backward else block_n >= 32 and not _has_wgmma(device)
+    return not critical and not (resident and block_k < hidden)
 
 
 def _has_wgmma(device: Device) -> bool:

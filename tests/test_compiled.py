@@ -44,11 +44,11 @@ def test_no_register_is_spilled(recurrent):
 def test_few_barriers_in_a_step(recurrent):
     """Every tile that changes its layout costs two; half of what the first kernels took is the most to accept."""
     # Of forward and backward at sm_90, B = 16.
-    first = {64: (30, 52), 128: (40, 58), 256: (36, 69), 512: (40, 87)}
+    first = {64: (30, 52), 128: (40, 58), 256: (36, 69), 512: (40, 87), 1024: (40, 129)}
     for row in recurrent:
-        if row["hidden"] in first and row["batch"] == 16 and row["arch"] == "sm_90":
+        if row["batch"] == 16 and row["arch"] == "sm_90":
             limit = first[row["hidden"]][row["kernel"] == "backward_kernel"] // 2
-            assert row["barriers"] <= limit + 2 * (row["hidden"] == 128), f"{name(row)}: {row['barriers']}"
+            assert row["barriers"] <= limit, f"{name(row)}: {row['barriers']}"
 
 
 def test_shared_memory_is_within_plan_and_device(recurrent):
