@@ -411,4 +411,5 @@ def of_plan(cell: Cell, sizes: Sizes, gpu: Gpu | None, plans: Mapping | None, *,
         return step_us(cell, sizes, best_slicing(cell, sizes, gpu), gpu)
     # A cluster's thread blocks share a slice out among themselves.
     slicings = {name: Slicing(p.slices * p.ctas, p.block_b, p.exchange, p.resident) for name, p in plans.items()}
+    cell = cell._replace(backward_exchanges=plans["backward"].exchanges)
     return step_us(cell, sizes, slicings["forward"], gpu, backward=slicings["backward"] if backward else None)

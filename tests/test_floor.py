@@ -123,3 +123,13 @@ def test_layers_without_a_plan_are_held_to_the_best_slicing():
     # How another's backward works is not known, nor an unknown device.
     assert floor.of_plan(floor.LSTM, BF16, floor.H200, None, backward=True) is None
     assert floor.of_plan(floor.LSTM, BF16, None, None, backward=False) is None
+
+
+def test_one_exchange_a_step_in_backward_lowers_its_floor():
+    plans = [plan.plan(512, 16, torch.bfloat16, plan.H200, pins=plan.Pins(slices=16, exchanges=n)) for n in (1, 2)]
+    one, two = (
+        floor.of_plan(floor.NOVOLSTM, BF16, floor.H200, dict(forward=p.forward, backward=p.backward), backward=True)
+        for p in plans
+    )
+    saved = floor.exchange_us(floor.H200, floor.Slicing(16, exchange=plans[0].backward.exchange))
+    assert two - one == pytest.approx(saved, rel=0.2)
