@@ -1,6 +1,7 @@
 """Work of the next chunk on a stream of its own, under the recurrence of this one."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def one_ahead(make: Callable[[int, Tensor], None], buffers: list[Tensor], count:
     device = buffers[0].device
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
 
-    def fill(number: int) -> torch.cuda.Event:
+    def fill(number: int) -> Any:
         # After everything so far on the current stream: what `make` reads, and the last work on this buffer.
         side.wait_event(current.record_event())
         with torch.cuda.stream(side):

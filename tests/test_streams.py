@@ -38,6 +38,16 @@ class Streams:
         yield
         self.current = before
 
+    @contextlib.contextmanager
+    def stand_in(self):
+        """Take the place of torch.cuda's streams."""
+        with (
+            mock.patch.object(torch.cuda, "current_stream", return_value=self.current),
+            mock.patch.object(torch.cuda, "Stream", side_effect=lambda device: Streams.Stream(self)),
+            mock.patch.object(torch.cuda, "stream", self.use),
+        ):
+            yield
+
     def access(self, buffer: torch.Tensor, what: str) -> None:
         """Put an access on the current stream; whatever conflicts with it must have been waited for."""
         clock, number = self.clocks[self.current.number], self.current.number
@@ -56,12 +66,7 @@ def walk(world: Streams, buffers: list, count: int) -> list[int]:
         world.access(buffer, "write")
         filled[id(buffer)] = number
 
-    patches = dict(
-        current_stream=lambda device: world.current,
-        Stream=lambda device: Streams.Stream(world),
-        stream=world.use,
-    )
-    with mock.patch.multiple(torch.cuda, **patches):
+    with world.stand_in():
         world.access(source, "write")
         for number, buffer in enumerate(one_ahead(make, buffers, count)):
             # The next one is being filled, if there are two; this one holds what was asked for.
@@ -102,10 +107,7 @@ def test_runs_ahead():
     def make(number, buffer):
         before.append(world.clocks[world.current.number][0])
 
-    patches = dict(
-        current_stream=lambda device: world.current, Stream=lambda device: Streams.Stream(world), stream=world.use
-    )
-    with mock.patch.multiple(torch.cuda, **patches):
+    with world.stand_in():
         for buffer in one_ahead(make, buffers, 4):
             world.access(buffer, "read")
     # Chunk n + 1 is made knowing the caller's work on chunks up to n - 1 only.
