@@ -63,18 +63,18 @@ def forward(
         chunk: steps of a chunk; the one walked last may be shorter.
 
     Returns:
-        y [T, B, H], h_n [B, H], c_n [B, H] in the dtype of x, and c_border [⌈T/chunk⌉, B, H], c before each chunk in
-        walking order, in fp32 (fp64 for fp64 tensors).
+        y [T, B, H], h_n [B, H], c_n [B, H] in the dtype of x, and c_border [⌈T/chunk⌉ + 1, B, H], c before each chunk
+        in walking order and after the last, in fp32 (fp64 for fp64 tensors).
     """
     cell = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, eps, gate_gain, variant)
     (steps, batch, _), hidden = x.shape, h_0.shape[1]
     valid = _valid(lengths, steps)
     y = x.new_empty(steps, batch, hidden)
-    borders = []
     walk = _ForwardWalk(cell, min(chunk, steps), h_0, c_0, reverse)
+    borders = [walk.c.clone()]
     for low, high in _spans(steps, chunk, reverse):
-        borders.append(walk.c.clone())
         y[low:high] = walk.run(x[low:high], None if valid is None else valid[low:high])
+        borders.append(walk.c.clone())
     if valid is not None:
         y.masked_fill_(~valid, 0)
     return y, walk.h.to(x.dtype, copy=True), walk.c.to(x.dtype, copy=True), torch.stack(borders)
@@ -119,7 +119,7 @@ def backward(
     sums = _ParameterSums(cell, needs)
     weight_ih = weight_ih.to(cell.dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
-    for (low, high), border in zip(reversed(spans), reversed(c_border.unbind(0)), strict=True):
+    for (low, high), border in zip(reversed(spans), reversed(c_border[:-1].unbind(0)), strict=True):
         frozen = None if valid is None else ~valid[low:high]
         x_chunk = x[low:high].to(cell.dtype)
         if frozen is not None:

@@ -207,7 +207,7 @@ class _Report:
         else:
             self._part("Plan")
             buffer_dtype = state_dtype(self._dtype)
-        chunk = plan.chunk_steps(shape.steps, shape.batch, shape.hidden, itemsize, backend)
+        chunk = min(shape.steps, plan.chunk_steps(shape.batch, shape.hidden, itemsize, backend))
         gates_bytes = chunk * shape.batch * 5 * shape.hidden * buffer_dtype.itemsize
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")
         self._line("workspace", f"{gates_bytes:,} bytes for a chunk's pre-activations, its largest buffer;")

@@ -26,6 +26,12 @@ _IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.
 _GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
 
 
+@torch.compiler.assume_constant_result
+def _backend_of_block() -> str | None:
+    """Return what `use_backend` has set. torch.compile asks once, when it traces."""
+    return _backend_in_use.get()
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Make `backend="auto"` mean `name` inside the `with` block (of this thread or async task).
@@ -63,7 +69,7 @@ def explain_backend(backend: str, device: torch.device) -> tuple[str, str]:
     _check_backend_name(backend, "backend")
     if backend != "auto":
         return backend, "call"
-    if (used := _backend_in_use.get() or "auto") != "auto":
+    if (used := _backend_of_block() or "auto") != "auto":
         return used, "use_backend"
     if (named := os.environ.get("NOVOLSTM_BACKEND") or "auto") != "auto":
         _check_backend_name(named, "NOVOLSTM_BACKEND")
@@ -157,12 +163,13 @@ class NovoLSTMFunction(torch.autograd.Function):
     def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
         """Run the forward operator and keep what backward needs: the inputs, y and c at the chunk borders."""
         backend = options[-1]
-        chunk = chunk_steps(x.shape[0], x.shape[1], h_0.shape[1], x.element_size(), backend)
+        chunk = chunk_steps(x.shape[1], h_0.shape[1], x.element_size(), backend)
         inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
         y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
         ctx.save_for_backward(*inputs, lengths, y, c_border)
         ctx.options = (*options, chunk)
-        ctx.pins = pinned()
+        # Compiled code keeps the chunk of its tracing, and has no other pins in backward.
+        ctx.pins = None if torch.compiler.is_compiling() else pinned()
         ctx.set_materialize_grads(True)
         return y, h_n, c_n
 
@@ -171,8 +178,11 @@ class NovoLSTMFunction(torch.autograd.Function):
         """Run the backward operator. Differentiating it once more raises, because it has no formula of its own."""
         dy, dh_n, dc_n = (g.contiguous() for g in grads)
         needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
-        with in_force(ctx.pins):
+        if ctx.pins is None:
             gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
+        else:
+            with in_force(ctx.pins):
+                gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
         pairs = zip(gradients, needs, strict=True)
         return *(g if needed else None for g, needed in pairs), None, None, None, None, None, None
 
@@ -195,7 +205,11 @@ def forward_op(
     backend: str,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [T, B, H], h_n [B, H], c_n [B, H], c_border [⌈T/chunk⌉, B, H]: c before each chunk, in walking order."""
+    """Return y [T, B, H], h_n [B, H], c_n [B, H] and c_border [⌈T/chunk⌉ + 1, B, H].
+
+    c_border is c before each chunk, in walking order, and after the last: two at least, so that torch.compile, which
+    treats sizes of one apart, need not tell one chunk from several.
+    """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk)
     return implementation.forward(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, **options)
@@ -205,7 +219,7 @@ def forward_op(
 def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
     steps, (batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
     y, h_n, c_n = x.new_empty(steps, batch, hidden), torch.empty_like(h_0), torch.empty_like(c_0)
-    borders = (steps + chunk - 1) // chunk
+    borders = (steps + chunk - 1) // chunk + 1
     return y, h_n, c_n, c_0.new_empty(borders, batch, hidden, dtype=state_dtype(x.dtype))
 
 

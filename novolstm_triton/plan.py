@@ -185,18 +185,26 @@ def pinned() -> Pins:
     return _pins.get()
 
 
-def chunk_steps(steps: int, batch: int, hidden: int, itemsize: int, backend: str) -> int:
-    """Return how many time steps run as one chunk, `steps` at most.
+@torch.compiler.assume_constant_result
+def _pinned_chunk() -> int | None:
+    """Return the pinned chunk. torch.compile asks once, when it traces."""
+    return _pins.get().chunk
+
+
+def chunk_steps(batch: int, hidden: int, itemsize: int, backend: str) -> int:
+    """Return how many time steps run as one chunk, at most: a shorter sequence is a single one.
+
+    The length takes no part, so that torch.compile does not compile again when it changes.
 
     On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, 5H] are the largest buffer of a call.
     On a CPU ("torch") its buffers should stay in the caches: about 2^16 units, yet enough rows for the products that
     make the weights' gradients, and few enough steps that preparing them costs little.
     """
-    if (chunk := _pins.get().chunk) is not None:
-        return min(steps, chunk)
+    if (chunk := _pinned_chunk()) is not None:
+        return chunk
     if backend == "torch":
-        return min(steps, 64, max(8, 256 // batch, 2**16 // (batch * hidden)))
-    return min(steps, max(16, CHUNK_BYTES // (batch * hidden * 5 * itemsize)))
+        return min(64, max(8, 256 // batch, 2**16 // (batch * hidden)))
+    return max(16, CHUNK_BYTES // (batch * hidden * 5 * itemsize))
 
 
 CHUNK_BYTES = 2**26

@@ -155,12 +155,11 @@ def test_impossible_pin_stops_the_call_before_anything_runs():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_chunk_is_within_the_sequence(backend):
-    assert plan.chunk_steps(5, 64, 512, 2, backend) == 5
+def test_chunk(backend):
     with plan.forced(chunk=3):
-        assert plan.chunk_steps(5, 64, 512, 2, backend) == 3
-    assert 100 <= plan.chunk_steps(10_000, 64, 512, 2, "triton") <= 500
-    assert plan.chunk_steps(10_000, 1024, 4096, 2, backend) >= 8
+        assert plan.chunk_steps(64, 512, 2, backend) == 3
+    assert 100 <= plan.chunk_steps(64, 512, 2, "triton") <= 500
+    assert plan.chunk_steps(1024, 4096, 2, backend) >= 8
 
 
 def test_no_cliff_from_one_row_to_thousands():
