@@ -103,6 +103,7 @@ class Pins:
     block_k: int | None = None
     resident: bool | None = None
     exchange: str | None = None
+    ctas: int | None = None
     exchanges: int | None = None
     num_warps: int | None = None
     chunk: int | None = None
@@ -120,6 +121,7 @@ def forced(
     block_k: int | None = None,
     resident: bool | None = None,
     exchange: str | None = None,
+    ctas: int | None = None,
     exchanges: int | None = None,
     num_warps: int | None = None,
     chunk: int | None = None,
@@ -128,12 +130,13 @@ def forced(
     """Pin choices of the plan inside the `with` block; what is left out stays as it was.
 
     Args:
-        slices: hidden slices per batch tile; with exchange="cluster", thread blocks per cluster.
+        slices: hidden slices per batch tile.
         block_b: rows per batch tile, a power of two ≥ 16.
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
         exchange: "none" (one slice), "barrier", "words" (resident weights only), or "cluster" (resident weights, NVIDIA
             compute capability 9.0 or newer, Triton 3.9 or newer).
+        ctas: thread blocks per cluster, 2, 4, 8 or 16 with exchange="cluster"; 1 with any other.
         exchanges: exchanges per step of backward with several slices, 2, or 1: companion products (kernels/README.md)
             save the second one. Forward needs two.
         num_warps: warps per program, a power of two from 1 to 32.
@@ -151,6 +154,8 @@ def forced(
             raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {exchange!r}")
+    if ctas is not None and ctas not in (1, *CLUSTERS):
+        raise ValueError(f"ctas: expected one of {[1, *CLUSTERS]}, got {ctas}")
     if exchanges is not None and exchanges not in (1, 2):
         raise ValueError(f"exchanges: expected 1 or 2, got {exchanges}")
     if num_warps is not None and num_warps not in (1, 2, 4, 8, 16, 32):
@@ -161,6 +166,7 @@ def forced(
         block_k=block_k,
         resident=resident,
         exchange=exchange,
+        ctas=ctas,
         exchanges=exchanges,
         num_warps=num_warps,
         chunk=chunk,
@@ -288,6 +294,8 @@ def candidates(
     _check_pins(hidden, device, pins)
     if pins.exchange == "cluster":
         _check_cluster(hidden, device, pins)
+    elif pins.ctas not in (None, 1):
+        raise ValueError(f"ctas={pins.ctas} needs exchange='cluster', got {pins.exchange!r}")
     itemsize = dtype.itemsize
     fitting, least_smem = [], None
     residencies = (True, False) if pins.resident is None else (pins.resident,)
@@ -367,10 +375,12 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
 def _check_cluster(hidden: int, device: Device, pins: Pins) -> None:
     if not isinstance(device.arch, int) or device.arch < 90 or device.arch >= 120:
         raise ValueError(f"exchange='cluster' needs compute capability 9.0 to 10.3, and {device.name} is {device.arch}")
-    if pins.slices is not None and pins.slices not in CLUSTERS:
-        raise ValueError(f"slices={pins.slices}: a cluster has one of {list(CLUSTERS)} thread blocks")
+    if pins.slices not in (None, 1):
+        raise ValueError(f"slices={pins.slices}: a cluster is a single slice")
+    if pins.ctas == 1:
+        raise ValueError(f"ctas=1: exchange='cluster' needs one of {list(CLUSTERS)}")
     # Each block takes a tile of its own, and tl.dot takes no smaller one.
-    least = 16 * (pins.slices or CLUSTERS[0])
+    least = 16 * (pins.ctas or CLUSTERS[0])
     if _tile(hidden) < least:
         raise ValueError(f"exchange='cluster': {least // 16} thread blocks need hidden > {least // 2}, got {hidden}")
 
@@ -387,7 +397,7 @@ class _Slicing(NamedTuple):
 def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[_Slicing]:
     """Yield what the pins and the device's residency allow."""
     if pins.exchange == "cluster":
-        for ctas in CLUSTERS if pins.slices is None else (pins.slices,):
+        for ctas in CLUSTERS if pins.ctas is None else (pins.ctas,):
             if _tile(hidden) >= 16 * ctas:
                 yield _Slicing(1, hidden, _tile(hidden), ctas)
         return
@@ -416,8 +426,9 @@ def _loops_k(
         # One tile that is h itself: it stays in registers.
         yield slicing.block_n, 1
     elif resident:
-        for largest in (1024, 512, 256):
-            yield _block_k(hidden, largest // itemsize), 1
+        # In fp32 a K tile of h is split into halves of its own for tf32x3, and larger ones spill.
+        for largest in (512, 256, 128) if itemsize == 2 else (64,):
+            yield _block_k(hidden, largest), 1
     else:
         sizes = (128 // itemsize, 64 // itemsize, 16) if pins.block_k is None else (pins.block_k,)
         yield from ((size, stages) for size, stages in itertools.product(sizes, (3, 2, 1)) if size >= 16)
@@ -445,6 +456,7 @@ def _candidate(
     # Fewest that keep every register on chip and the rows of all tiles in the same warps, so that no statistic has to
     # change warps, as the compile report shows. On AMD more warps get fewer registers.
     crowded = elements > 512 or block_b > 16 or (elements == 512 and not resident) or words
+    crowded = crowded or (resident and itemsize == 4)
     spread = block_n == 16 and slices > 32
     num_warps = pins.num_warps or (
         4 if device.backend == "hip" else 16 if local and elements > 1024 and ctas == 1 else 0

@@ -112,6 +112,8 @@ def test_exchange_pin(exchange, hidden):
         pytest.param(dict(block_b=24), "block_b: expected a power of two of at least 16, got 24", id="block_b"),
         pytest.param(dict(block_k=8), "block_k: expected a power of two of at least 16, got 8", id="block_k"),
         pytest.param(dict(num_warps=3), "num_warps: expected a power of two from 1 to 32, got 3", id="num_warps"),
+        pytest.param(dict(ctas=3), r"ctas: expected one of \[1, 2, 4, 8, 16\], got 3", id="ctas"),
+        pytest.param(dict(exchanges=3), "exchanges: expected 1 or 2, got 3", id="exchanges"),
         pytest.param(dict(exchange="pigeon"), "exchange: expected one of .*barrier.*, got 'pigeon'", id="exchange"),
     ],
 )
@@ -185,7 +187,7 @@ class TestCluster:
         assert launch.forward.smem_bytes < plan.H200.smem_bytes < 5 * 512 * 512 * 2
 
     def test_takes_the_pinned_size(self):
-        launch = plan.plan(256, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster", slices=4))
+        launch = plan.plan(256, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster", ctas=4))
         assert launch.forward.ctas == launch.backward.ctas == 4
 
     @pytest.mark.parametrize(
@@ -193,12 +195,14 @@ class TestCluster:
         [
             (256, plan.A100, {}, "compute capability 9.0"),
             (256, plan.MI300X, {}, "compute capability 9.0"),
-            (256, plan.H200, dict(slices=3), "slices=3: a cluster has"),
+            (256, plan.H200, dict(slices=2), "slices=2: a cluster is a single slice"),
+            (256, plan.H200, dict(ctas=1), "ctas=1: exchange='cluster' needs one of"),
+            (256, plan.H200, dict(exchange="barrier", ctas=4), "ctas=4 needs exchange='cluster', got 'barrier'"),
             (256, plan.H200, dict(resident=False), "needs the weights on chip"),
-            (64, plan.H200, dict(slices=16), "16 thread blocks need hidden > 128, got 64"),
+            (64, plan.H200, dict(ctas=16), "16 thread blocks need hidden > 128, got 64"),
             (2048, plan.H200, {}, "no plan for hidden=2048 fits H200"),
         ],
     )
     def test_is_refused(self, hidden, device, pins, words):
         with pytest.raises(ValueError, match=words):
-            plan.plan(hidden, 16, torch.bfloat16, device, pins=plan.Pins(exchange="cluster", **pins))
+            plan.plan(hidden, 16, torch.bfloat16, device, pins=plan.Pins(**(dict(exchange="cluster") | pins)))
