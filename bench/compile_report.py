@@ -56,13 +56,21 @@ _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia"
 
 
 def compile_kernel(
-    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, pins: planning.Pins
+    kernel_name: str,
+    arch: str,
+    hidden: int,
+    batch: int,
+    dtype: str,
+    variant: str,
+    lengths: bool,
+    pins: planning.Pins,
+    directions: int = 1,
 ) -> dict:
     """Compile one kernel as `launch.py` would launch it and return its row of the report."""
     kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
-    kernel_plan = _plan(kernel_name, arch, hidden, batch, dtype, variant, lengths, pins)
+    kernel_plan = _plan(kernel_name, arch, hidden, batch, dtype, variant, lengths, pins, directions)
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
-    constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision)
+    constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision, directions=directions)
     if not lengths and "lengths_ptr" in kernel.arg_names:
         constants["lengths_ptr"] = None
     signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
@@ -78,7 +86,7 @@ def compile_kernel(
     target = GPUTarget(device.backend, device.arch, device.warp_size)
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     row = dict(arch=arch, hidden=hidden, batch=batch, dtype=dtype, kernel=kernel_name, variant=variant, lengths=lengths)
-    row |= dict(slices=kernel_plan.slices if persistent else 1)
+    row |= dict(directions=directions, slices=kernel_plan.slices if persistent else 1)
     row |= _resources(compiled, device)
     row |= dict(shared_bytes=compiled.metadata.shared, device_bytes=device.smem_bytes)
     if persistent:
@@ -92,10 +100,18 @@ def compile_kernel(
 
 
 def _plan(
-    kernel_name: str, arch: str, hidden: int, batch: int, dtype: str, variant: str, lengths: bool, pins: planning.Pins
+    kernel_name: str,
+    arch: str,
+    hidden: int,
+    batch: int,
+    dtype: str,
+    variant: str,
+    lengths: bool,
+    pins: planning.Pins,
+    directions: int,
 ) -> planning.KernelPlan:
-    recurrent = CELLS[variant].recurrent
-    plans = planning.plan(hidden, batch, DTYPES[dtype], DEVICES[arch], recurrent=recurrent, pins=pins)
+    sizes, recurrent = (hidden, batch, DTYPES[dtype], DEVICES[arch]), CELLS[variant].recurrent
+    plans = planning.plan(*sizes, recurrent=recurrent, directions=directions, pins=pins)
     return plans.forward if kernel_name == "forward_kernel" else plans.backward
 
 
@@ -191,6 +207,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--variant", nargs="+", choices=CELLS, default=["formula"])
     parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
+    parser.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
     parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
     parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
     parser.add_argument("--warps", type=int, help="per program, likewise")
@@ -209,7 +226,7 @@ def main() -> int:
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
     )
     pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
-    grid = [(*cell, arguments.lengths, pins) for cell in grid]
+    grid = [(*cell, arguments.lengths, pins, arguments.directions) for cell in grid]
     print(f"triton {triton.__version__}, {len(grid)} kernels")
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_gates, publish_rows, wait
-from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, widen
+from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, mirror, widen
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -66,7 +66,7 @@ def load_stats(stats_ptr, place, stride, STATS: tl.constexpr, mask=None):
 
 
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start"],
+    do_not_specialize=["batch", "steps", "t_first", "t_step", "chunk_start", "total"],
     do_not_specialize_on_alignment=["lengths_ptr"],
 )
 def cell_states_kernel(
@@ -81,7 +81,9 @@ def cell_states_kernel(
     t_first,
     t_step,
     chunk_start,
+    total,
     update: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -89,27 +91,36 @@ def cell_states_kernel(
     UNROLL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
 ):
-    """Walk a chunk's cell states again from its border; a program owns BLOCK_H units of one row b.
+    """Walk a chunk's cell states again from its border; a program owns BLOCK_H units of one row b, D·B rows in all.
 
     Args:
-        z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
-        stats_ptr: [STATS, chunk, B] fp32 row statistics.
-        gamma_ptr: [H] fp32.
-        beta_ptr: [H] fp32.
+        z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
+        stats_ptr: [STATS, D, steps, B] fp32 row statistics.
+        gamma_ptr: [D, H] fp32.
+        beta_ptr: [D, H] fp32.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
-        c_ptr: [steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
+        c_ptr: [D, steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
         batch: B.
         steps: length of the chunk.
-        t_first: t of the first step walked.
-        t_step: 1 or −1.
-        chunk_start: lowest t of the chunk.
+        t_first: t of the first step that direction 0 walks.
+        t_step: direction 0's step in t, 1 or −1.
+        chunk_start: lowest t of direction 0's chunk.
+        total: T; not looked at unless D is 2.
     """
     row = tl.program_id(0)
+    if DIRECTIONS == 2:
+        direction = row // batch
+        row = row % batch
+        t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
+        gamma_ptr += direction * HIDDEN
+        beta_ptr += direction * HIDDEN
+        c_ptr += tl.cast(direction * (steps + 1), tl.int64) * batch * HIDDEN
     unit = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     mask = unit < HIDDEN
     gamma = tl.load(gamma_ptr + unit, mask=mask, other=0.0)
     beta = tl.load(beta_ptr + unit, mask=mask, other=0.0)
     c = tl.load(c_ptr + tl.cast(row, tl.int64) * HIDDEN + unit, mask=mask, other=0.0)
+    stats_size = tl.cast(steps, tl.int64) * (DIRECTIONS * batch)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row)
     # Loads of several steps are under way at once, because none depends on the walk: alone each would cost its latency.
@@ -120,7 +131,7 @@ def cell_states_kernel(
             step = tl.minimum(first + k, steps - 1)
             z_row = tl.cast(t_first + step * t_step - chunk_start, tl.int64) * batch + row
             z = z + load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
-            stats = stats + load_stats(stats_ptr, z_row + tl.arange(0, 1), tl.cast(steps, tl.int64) * batch, STATS)
+            stats = stats + load_stats(stats_ptr, z_row + tl.arange(0, 1), stats_size, STATS)
         for k in tl.static_range(UNROLL):
             step = first + k + tl.zeros_like(unit)
             valid = step < steps
@@ -210,7 +221,17 @@ def multiply_exchanged(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "steps", "t_last", "t_step", "chunk_start", "step_base", "late_slots", "tile_first"],
+    do_not_specialize=[
+        "batch",
+        "steps",
+        "t_last",
+        "t_step",
+        "chunk_start",
+        "total",
+        "step_base",
+        "late_slots",
+        "tile_first",
+    ],
     do_not_specialize_on_alignment=["lengths_ptr", "counter_ptr"],
 )
 def backward_kernel(
@@ -236,6 +257,7 @@ def backward_kernel(
     t_last,
     t_step,
     chunk_start,
+    total,
     step_base,
     late_slots,
     tile_first,
@@ -244,6 +266,7 @@ def backward_kernel(
     grad_finish: tl.constexpr,
     EARLY: tl.constexpr,
     LATE: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
     STATS: tl.constexpr,
@@ -266,32 +289,34 @@ def backward_kernel(
     the sums of dγ and dβ, in fp32. Per step it exchanges with the tile's other slices, if EXCHANGES is 2, dz of the
     early gates and the backward row sums, then dz of the late gates. If it is 1, all that at once, dz of the late gates
     as if the sums were zero: it is linear in them, so what they take from dh comes from the companions' products.
+    D directions of a layer run side by side, as in `forward_kernel`.
 
     Args:
-        z_ptr: [chunk, B, GATES·H] pre-activations, in the order of t.
-        stats_ptr: [STATS, chunk, B] fp32 row statistics, in the order of t.
-        weight_hh_ptr: [RECURRENT·H, H].
-        gamma_ptr: [H] fp32, gate gain folded in.
-        beta_ptr: [H] fp32, likewise.
+        z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
+        stats_ptr: [STATS, D, steps, B] fp32 row statistics, in the order of t.
+        weight_hh_ptr: [D, RECURRENT·H, H].
+        gamma_ptr: [D, H] fp32, gate gain folded in.
+        beta_ptr: [D, H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
-        c_ptr: [steps + 1, B, H] fp32 cell states, in the order of the walk forward.
-        dy_ptr: [T, B, H] gradient of the output.
-        companion_ptr: [S, chunk, B, H], the companions times their gates' weights, in the order of t; not read if
+        c_ptr: [D, steps + 1, B, H] fp32 cell states, in the order of the walk forward.
+        dy_ptr: [T, B, D·H] gradient of the output.
+        companion_ptr: [S, D, steps, B, H], the companions times their gates' weights, in the order of t; not read if
             EXCHANGES is 2.
-        row_ring_ptr: [2, B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
-        late_ring_ptr: [late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched if
+        row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
+        late_ring_ptr: [D, late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched if
             EXCHANGES is 2.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
-        dz_ptr: [chunk, B, GATES·H] output, in the order of t.
-        dh_ptr: [B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
-        dc_ptr: [B, H] fp32, likewise of c.
-        dgamma_ptr: [B, H] fp32; this chunk's share is added, row by row.
-        dbeta_ptr: [B, H] fp32; likewise.
+        dz_ptr: [D, steps, B, GATES·H] output, in the order of t.
+        dh_ptr: [D, B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
+        dc_ptr: [D, B, H] fp32, likewise of c.
+        dgamma_ptr: [D, B, H] fp32; this chunk's share is added, row by row.
+        dbeta_ptr: [D, B, H] fp32; likewise.
         batch: B.
         steps: length of the chunk.
-        t_last: t of the step that the forward walk took last.
-        t_step: the forward walk's step in t, 1 or −1.
-        chunk_start: lowest t of the chunk.
+        t_last: t of the step that direction 0's forward walk took last.
+        t_step: that walk's step in t, 1 or −1.
+        chunk_start: lowest t of direction 0's chunk.
+        total: T; not looked at unless D is 2.
         step_base: steps walked back before this launch.
         late_slots: slots of late_ring.
         tile_first: first batch tile of this launch.
@@ -299,7 +324,22 @@ def backward_kernel(
     """
     slice = tl.program_id(0)
     counter = counter_ptr + tl.program_id(1)
-    row_first = (tile_first + tl.program_id(1)) * BLOCK_B
+    tile = tile_first + tl.program_id(1)
+    LATE_GATES: tl.constexpr = len(LATE)
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    direction = 0
+    if DIRECTIONS == 2:
+        tiles = tl.cdiv(batch, BLOCK_B)
+        direction = tile // tiles
+        tile = tile % tiles
+        t_last, t_step, chunk_start = mirror(direction, t_last, t_step, chunk_start, steps, total)
+        weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
+        gamma_ptr += direction * HIDDEN
+        beta_ptr += direction * HIDDEN
+    # Pointers would each take two registers: what the loop uses is offset through its indices.
+    c_first = direction * (steps + 1)
+    slot_first = direction * late_slots
+    row_first = tile * BLOCK_B
     row = tl.arange(0, BLOCK_B)
     in_batch = row_first + row < batch
     unit = slice * UNITS + tl.arange(0, BLOCK_N)
@@ -315,30 +355,33 @@ def backward_kernel(
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
-    size = tl.cast(batch, tl.int64) * HIDDEN
+    ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
+    state_place = direction * size + tile_place
     place = row[:, None] * HIDDEN + unit[None, :]
+    y_size = size * DIRECTIONS
+    y_place = row[:, None] * (DIRECTIONS * HIDDEN) + (direction * HIDDEN + unit)[None, :]
     gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
-    LATE_GATES: tl.constexpr = len(LATE)
     late_place = row[:, None] * (LATE_GATES * HIDDEN) + unit[None, :]
-    dh = tl.load(dh_ptr + tile_place + place, mask=mask, other=0.0)
-    dc = tl.load(dc_ptr + tile_place + place, mask=mask, other=0.0)
-    dgamma = tl.load(dgamma_ptr + tile_place + place, mask=mask, other=0.0)
-    dbeta = tl.load(dbeta_ptr + tile_place + place, mask=mask, other=0.0)
+    dh = tl.load(dh_ptr + state_place + place, mask=mask, other=0.0)
+    dc = tl.load(dc_ptr + state_place + place, mask=mask, other=0.0)
+    dgamma = tl.load(dgamma_ptr + state_place + place, mask=mask, other=0.0)
+    dbeta = tl.load(dbeta_ptr + state_place + place, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
 
     t = t_last
-    c = tl.load(c_ptr + steps * size + tile_place + place, mask=mask, other=0.0)
+    c = tl.load(c_ptr + (c_first + steps) * size + tile_place + place, mask=mask, other=0.0)
     arrivals = 0
     chunk_t = tl.cast(t - chunk_start, tl.int64)
-    stats_size = tl.cast(steps, tl.int64) * batch
+    stats_size = tl.cast(steps, tl.int64) * (DIRECTIONS * batch)
     z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
     stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
-    c_prev = tl.load(c_ptr + (steps - 1) * size + tile_place + place, mask=mask, other=0.0)
-    dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
+    c_prev = tl.load(c_ptr + (c_first + steps - 1) * size + tile_place + place, mask=mask, other=0.0)
+    dy_ptr += tile_place * DIRECTIONS
+    dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * y_size + y_place, mask=mask, other=0.0)
     t_after = t_last - tl.minimum(1, steps - 1) * t_step
-    dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
+    dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * y_size + y_place, mask=mask, other=0.0)
     for step in range(steps):
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
         dy_step = dy.to(tl.float32)
@@ -366,18 +409,18 @@ def backward_kernel(
             unsummed = grad_finish(pending, stats, no_sums, HIDDEN, eps)
             if HAS_LENGTHS:
                 unsummed = zero_unless(valid, unsummed)
-            late_tile_ptr = late_ring_ptr + (step % late_slots * size + tile_place) * LATE_GATES
+            late_tile_ptr = late_ring_ptr + ((slot_first + step % late_slots) * size + tile_place) * LATE_GATES
             for k in tl.static_range(LATE_GATES):
                 publish(late_tile_ptr + k * HIDDEN + late_place, unsummed[k], mask, EXCHANGE)
         if SLICES > 1:
-            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, row_step, batch, SLICES, EXCHANGE)
+            publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
         if EXCHANGES == 2:
             if SLICES > 1:
                 wait(counter, arrivals, EXCHANGE)
             parts = collect_rows(
-                row_ring_ptr, own, row_first + row, in_batch, row_step, batch, SLICES, BLOCK_S, EXCHANGE
+                row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
             )
             late = grad_finish(pending, stats, add_slices(parts), HIDDEN, eps)
             if HAS_LENGTHS:
@@ -394,15 +437,16 @@ def backward_kernel(
         z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
         stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
         c = c_prev
-        c_place = tl.cast(tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
+        c_place = tl.cast(c_first + tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if EXCHANGES == 1:
+            companion_size = steps * size * DIRECTIONS
             companions = ()
             for k in tl.static_range(len(own)):
-                companion = tl.load(companion_ptr + k * steps * size + companion_place, mask=mask, other=0.0)
+                companion = tl.load(companion_ptr + k * companion_size + companion_place, mask=mask, other=0.0)
                 companions = companions + (companion,)
             wait(counter, arrivals, EXCHANGE)
             for k in tl.static_range(len(EARLY)):
@@ -416,7 +460,7 @@ def backward_kernel(
                     *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                 )
             parts = collect_rows(
-                row_ring_ptr, own, row_first + row, in_batch, row_step, batch, SLICES, BLOCK_S, EXCHANGE
+                row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
             )
             sums = add_slices(parts)
             late = grad_finish(pending, step_stats, sums, HIDDEN, eps)
@@ -458,9 +502,9 @@ def backward_kernel(
         # that the products', every tile would change layout. Loaded two steps ahead, because it comes so late.
         dy = dy_next
         t_after = t_last - tl.minimum(step + 2, steps - 1) * t_step
-        dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * size + tile_place + place, mask=mask, other=0.0)
+        dy_next = tl.load(dy_ptr + tl.cast(t_after, tl.int64) * y_size + y_place, mask=mask, other=0.0)
 
-    tl.store(dh_ptr + tile_place + place, dh, mask=mask)
-    tl.store(dc_ptr + tile_place + place, dc, mask=mask)
-    tl.store(dgamma_ptr + tile_place + place, dgamma, mask=mask)
-    tl.store(dbeta_ptr + tile_place + place, dbeta, mask=mask)
+    tl.store(dh_ptr + state_place + place, dh, mask=mask)
+    tl.store(dc_ptr + state_place + place, dc, mask=mask)
+    tl.store(dgamma_ptr + state_place + place, dgamma, mask=mask)
+    tl.store(dbeta_ptr + state_place + place, dbeta, mask=mask)

@@ -10,6 +10,7 @@ from .tiles import (
     load_gates,
     load_resident,
     load_weights,
+    mirror,
     units_per_slice,
     zero_products,
 )
@@ -23,6 +24,7 @@ from .tiles import (
         "t_first",
         "t_step",
         "chunk_start",
+        "total",
         "step_base",
         "h_first",
         "h_slots",
@@ -47,6 +49,7 @@ def forward_kernel(
     t_first,
     t_step,
     chunk_start,
+    total,
     step_base,
     h_first,
     h_slots,
@@ -55,6 +58,7 @@ def forward_kernel(
     partials: tl.constexpr,
     merge: tl.constexpr,
     update: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -71,26 +75,30 @@ def forward_kernel(
 ):
     """Walk `steps` time steps; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
+    D directions of a layer run side by side. Each has ⌈B/BLOCK_B⌉ batch tiles, direction 0 the first ones. Direction 1
+    walks T − 1 − t where direction 0 walks t.
+
     On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
     cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, then h, with the tile's other slices.
 
     Args:
-        x_gates_ptr: [chunk, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
-        weight_hh_ptr: [RECURRENT·H, H].
-        gamma_ptr: [H] fp32, gate gain folded in.
-        beta_ptr: [H] fp32, likewise.
+        x_gates_ptr: [D, steps, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
+        weight_hh_ptr: [D, RECURRENT·H, H].
+        gamma_ptr: [D, H] fp32, gate gain folded in.
+        beta_ptr: [D, H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
-        c_in_ptr: [B, H] fp32, c before the first step.
-        h_ring_ptr: [h_slots, B, H]; h before step n of this launch lies in slot (h_first + n) % h_slots.
-        row_ring_ptr: [2, B, S, SLICES], space for the cell's S row statistics; see exchange.py.
+        c_in_ptr: [D, B, H] fp32, c before the first step.
+        h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch lies in slot (h_first + n) % h_slots.
+        row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S row statistics; see exchange.py.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
-        y_ptr: [T, B, H] output, zero beyond a row's length.
-        c_out_ptr: [B, H] fp32, c after the last step.
+        y_ptr: [T, B, D·H] output, zero beyond a row's length.
+        c_out_ptr: [D, B, H] fp32, c after the last step.
         batch: B.
         steps: how many steps to walk.
-        t_first: t of the first step walked.
-        t_step: 1 forward in time, −1 backward.
-        chunk_start: t of the first row of x_gates.
+        t_first: t of the first step that direction 0 walks.
+        t_step: direction 0's step in t: 1 forward in time, −1 backward.
+        chunk_start: t of the first row of x_gates of direction 0.
+        total: T; not looked at unless D is 2.
         step_base: steps walked before this launch.
         h_first: slot of h_ring that holds the first h.
         h_slots: slots of h_ring.
@@ -99,7 +107,21 @@ def forward_kernel(
     """
     slice = tl.program_id(0)
     counter = counter_ptr + tl.program_id(1)
-    row_first = (tile_first + tl.program_id(1)) * BLOCK_B
+    tile = tile_first + tl.program_id(1)
+    # Offsets of a whole step are 64 bits wide and scalar; within a batch tile 32 bits do.
+    size = tl.cast(batch, tl.int64) * HIDDEN
+    direction = 0
+    if DIRECTIONS == 2:
+        tiles = tl.cdiv(batch, BLOCK_B)
+        direction = tile // tiles
+        tile = tile % tiles
+        t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
+        weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
+        gamma_ptr += direction * HIDDEN
+        beta_ptr += direction * HIDDEN
+    # Pointers would each take two registers: what the loop uses is offset through its indices.
+    slot_first = direction * h_slots
+    row_first = tile * BLOCK_B
     row = tl.arange(0, BLOCK_B)
     in_batch = row_first + row < batch
     unit = slice * UNITS + tl.arange(0, BLOCK_N)
@@ -116,13 +138,14 @@ def forward_kernel(
 
     gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
     beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
-    # Offsets of a whole step are 64 bits wide and scalar; within a batch tile 32 bits do.
-    size = tl.cast(batch, tl.int64) * HIDDEN
+    ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
+    state_place = direction * size + tile_place
     place = row[:, None] * HIDDEN + unit[None, :]
+    y_place = row[:, None] * (DIRECTIONS * HIDDEN) + (direction * HIDDEN + unit)[None, :]
     gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
-    c = tl.load(c_in_ptr + tile_place + place, mask=mask, other=0.0)
-    h = tl.load(h_ring_ptr + h_first * size + tile_place + place, mask=mask, other=0.0)
+    c = tl.load(c_in_ptr + state_place + place, mask=mask, other=0.0)
+    h = tl.load(h_ring_ptr + (slot_first + h_first) * size + tile_place + place, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
 
@@ -131,7 +154,7 @@ def forward_kernel(
     x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
     arrivals = 0
     for step in range(steps):
-        h_tile_ptr = h_ring_ptr + (h_first + step) % h_slots * size + tile_place
+        h_tile_ptr = h_ring_ptr + (slot_first + (h_first + step) % h_slots) * size + tile_place
         # z_k = x_k + h U_kᵀ
         products = zero_products(RECURRENT, BLOCK_B, BLOCK_N)
         if LOCAL:
@@ -156,12 +179,13 @@ def forward_kernel(
         own = partials(z, count, is_unit[None, :])
         if SLICES > 1:
             row_step = step_base + step
-            publish_rows(row_ring_ptr, own, row_first + row, in_batch, slice, row_step, batch, SLICES, EXCHANGE)
+            publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
             wait(counter, arrivals, EXCHANGE)
         parts = collect_rows(
-            row_ring_ptr, own, row_first + row, in_batch, step_base + step, batch, SLICES, BLOCK_S, EXCHANGE
+            *(row_ring_ptr, own, ring_row, in_batch, step_base + step, DIRECTIONS * batch),
+            *(SLICES, BLOCK_S, EXCHANGE),
         )
         stats = merge(parts, counts, HIDDEN, eps)
         h_new, c_new = update(z, stats, c, gamma, beta)
@@ -178,12 +202,13 @@ def forward_kernel(
             h = h_new
             c = c_new
         if not LOCAL:
-            h_next_ptr = h_ring_ptr + (h_first + step + 1) % h_slots * size + tile_place
+            h_next_ptr = h_ring_ptr + (slot_first + (h_first + step + 1) % h_slots) * size + tile_place
             publish(h_next_ptr + place, h, mask, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
         # What nobody waits for comes after the arrival: the output, and the next step's input.
-        tl.store(y_ptr + tl.cast(t, tl.int64) * size + tile_place + place, h_new, mask=mask)
+        y_tile_ptr = y_ptr + (tl.cast(t, tl.int64) * size + tile_place) * DIRECTIONS
+        tl.store(y_tile_ptr + y_place, h_new, mask=mask)
         # The last step has no next one: it loads its own input again.
         t = t_first + tl.minimum(step + 1, steps - 1) * t_step
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
@@ -191,6 +216,7 @@ def forward_kernel(
         if not LOCAL:
             wait(counter, arrivals, EXCHANGE)
 
-    tl.store(c_out_ptr + tile_place + place, c, mask=mask)
+    tl.store(c_out_ptr + state_place + place, c, mask=mask)
     if LOCAL:
-        tl.store(h_ring_ptr + (h_first + steps) % h_slots * size + tile_place + place, h, mask=mask)
+        h_last_ptr = h_ring_ptr + (slot_first + (h_first + steps) % h_slots) * size + tile_place
+        tl.store(h_last_ptr + place, h, mask=mask)

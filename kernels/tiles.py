@@ -1,7 +1,20 @@
-"""Loads of the tiles that the forward and the backward kernel share."""
+"""Where programs work and what they load: helpers that the forward and the backward kernels share."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def mirror(direction, t_first, t_step, chunk_start, steps, total):
+    """Return the first t and the step in t of a walk in `direction`, and the t that lies first in a chunk's buffers.
+
+    Given are those of direction 0. Direction 1 walks the other way: T − 1 − t, T = `total`, for each t of direction 0.
+    In buffers [2, steps, ...] it lies behind direction 0, which its place t − chunk_start takes into account.
+    """
+    mirrored = direction == 1
+    t_first = tl.where(mirrored, total - 1 - t_first, t_first)
+    t_step = tl.where(mirrored, -t_step, t_step)
+    return t_first, t_step, tl.where(mirrored, total - chunk_start - 2 * steps, chunk_start)
 
 
 @triton.jit

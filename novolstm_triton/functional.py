@@ -6,8 +6,10 @@ Every backend answers the same question with the same arguments; see `reference.
 import contextlib
 import contextvars
 import importlib
+import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,46 +126,126 @@ def novolstm(
         TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
         ValueError: a shape, device, length, variant or backend that does not fit.
     """
-    if variant not in reference.RECURRENT_GATES:
-        raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {variant!r}")
-    if bias is None and isinstance(weight_ih, Tensor):
-        bias = weight_ih.new_zeros(weight_ih.shape[0])
+    options = _Options(eps, gate_gain, variant, reverse, backend)
+    return _layer((x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), lengths, options, 1)
+
+
+def novolstm_bidirectional(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    *,
+    eps: float | None = None,
+    gate_gain: float = 1.0,
+    variant: str = "formula",
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one NovoLSTM layer in both directions: direction 0 as `novolstm` does, direction 1 as with reverse=True.
+
+    Backend "triton" walks both at once, in one launch per chunk where the device has room for both. The others run one
+    after the other. Options, and what is not said of the arguments, are those of `novolstm`.
+
+    Args:
+        x: [T, B, I] input of both directions.
+        h_0: [2, B, H] initial hidden states.
+        c_0: [2, B, H] initial cell states.
+        weight_ih: [2, 5H, I] input weights.
+        weight_hh: [2, 5H, H] recurrent weights; [2, 4H, H] for variant "notebook".
+        bias: [2, 5H], or None for zero.
+        ln_weight: [2, H] γ of the input gates' layer normalisations.
+        ln_bias: [2, H] β of the input gates' layer normalisations.
+        eps: ε of the layer normalisation.
+        gate_gain: constant factor on the input gate.
+        variant: "formula" or "notebook".
+        lengths: [B] integer number of valid steps of each row; direction 1 begins at each row's own last step.
+        backend: "auto", "reference", "torch" or "triton".
+
+    Returns:
+        y [T, B, 2H], the outputs of direction 0 before those of direction 1; h_n [2, B, H]; c_n [2, B, H].
+
+    Raises:
+        TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
+        ValueError: a shape, device, length, variant or backend that does not fit.
+    """
+    options = _Options(eps, gate_gain, variant, False, backend)
+    return _layer((x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), lengths, options, 2)
+
+
+class _Options(NamedTuple):
+    """The options of `novolstm` as given, and whether its one direction walks backward."""
+
+    eps: float | None
+    gate_gain: float
+    variant: str
+    reverse: bool
+    backend: str
+
+
+def _layer(
+    given: tuple[Tensor | None, ...], lengths: Tensor | None, options: _Options, directions: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the eight tensors and the options, choose the backend, and run one direction or both."""
+    if options.variant not in reference.RECURRENT_GATES:
+        raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {options.variant!r}")
     tensors: list[Tensor] = []
-    for name, argument in zip(_GRADIENTS, (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), strict=True):
+    for name, argument in zip(_GRADIENTS, given, strict=True):
+        if name == "bias" and argument is None:
+            weight_ih = tensors[_GRADIENTS.index("weight_ih")]
+            argument = weight_ih.new_zeros(weight_ih.shape[:-1])
         if not isinstance(argument, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
         tensors.append(argument)
-    arguments = tuple(tensors)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    arguments, device = tuple(tensors), tensors[0].device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
-    _check_tensors(arguments, variant)
+    _check_tensors(arguments, options.variant, directions)
     lengths = _check_lengths(lengths, arguments[0])
-    eps = reference.DEFAULT_EPS[variant] if eps is None else float(eps)
-    backend = resolve_backend(backend, x.device)
+    eps = reference.DEFAULT_EPS[options.variant] if options.eps is None else float(options.eps)
+    options = options._replace(
+        eps=eps, gate_gain=float(options.gate_gain), backend=resolve_backend(options.backend, device)
+    )
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == "reference":
-            return reference.novolstm(
-                *arguments, lengths=lengths, eps=eps, gate_gain=float(gate_gain), variant=variant, reverse=reverse
-            )
-        if backend == "triton":
-            check_triton(arguments[0].dtype, x.device)
-        options = (eps, float(gate_gain), variant, reverse, backend)
-        return NovoLSTMFunction.apply(*arguments, lengths, *options)
+    with torch.autocast(device.type, enabled=False):
+        if options.backend == "triton":
+            check_triton(arguments[0].dtype, device)
+        if directions == 1 or options.backend == "triton":
+            return _run(arguments, lengths, options)
+        both = zip(*(a.unbind(0) for a in arguments[1:]), strict=True)
+        results = [_run((arguments[0], *own), lengths, options._replace(reverse=d == 1)) for d, own in enumerate(both)]
+        (y, *states), (y_reverse, *states_reverse) = results
+        h_n, c_n = (torch.stack(pair) for pair in zip(states, states_reverse, strict=True))
+        return torch.cat((y, y_reverse), -1), h_n, c_n
+
+
+def _run(arguments: tuple[Tensor, ...], lengths: Tensor | None, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction, or both if the backend takes both at once, with everything checked."""
+    if options.backend == "reference":
+        kwargs = options._asdict()
+        del kwargs["backend"]
+        return reference.novolstm(*arguments, lengths=lengths, **kwargs)
+    return NovoLSTMFunction.apply(*arguments, lengths, *options)
 
 
 class NovoLSTMFunction(torch.autograd.Function):
     """Autograd over the two operators.
 
-    Arguments: the tensors of `novolstm` in its order, lengths, then eps, gate_gain, variant, reverse, backend.
+    Arguments: the tensors of `novolstm` in its order, or with backend "triton" those of `novolstm_bidirectional`, then
+    lengths, eps, gate_gain, variant, reverse, backend.
     """
 
     @staticmethod
     def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
         """Run the forward operator and keep what backward needs: the inputs, y and c at the chunk borders."""
         backend = options[-1]
-        chunk = chunk_steps(x.shape[1], h_0.shape[1], x.element_size(), backend)
+        *rows, hidden = h_0.shape
+        chunk = chunk_steps(math.prod(rows), hidden, x.element_size(), backend)
         inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
         y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
         ctx.save_for_backward(*inputs, lengths, y, c_border)
@@ -209,6 +291,9 @@ def forward_op(
 
     c_border is c before each chunk, in walking order, and after the last: two at least, so that torch.compile, which
     treats sizes of one apart, need not tell one chunk from several.
+
+    Backend "triton" also takes both directions at once, all tensors but x and lengths with a leading dimension of two;
+    then `reverse` is not looked at, y is [T, B, 2H], and the others have the leading dimension before B.
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk)
@@ -217,10 +302,11 @@ def forward_op(
 
 @forward_op.register_fake
 def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
-    steps, (batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
-    y, h_n, c_n = x.new_empty(steps, batch, hidden), torch.empty_like(h_0), torch.empty_like(c_0)
+    steps, (*directions, batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
+    y = x.new_empty(steps, batch, math.prod(directions) * hidden)
     borders = (steps + chunk - 1) // chunk + 1
-    return y, h_n, c_n, c_0.new_empty(borders, batch, hidden, dtype=state_dtype(x.dtype))
+    c_border = c_0.new_empty(borders, *c_0.shape, dtype=state_dtype(x.dtype))
+    return y, torch.empty_like(h_0), torch.empty_like(c_0), c_border
 
 
 @torch.library.custom_op("novolstm_triton::backward", mutates_args=())
@@ -249,7 +335,7 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias.
 
-    What `needs` rules out is an empty tensor: an operator cannot return None.
+    What `needs` rules out is an empty tensor: an operator cannot return None. Directions are as in `forward_op`.
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
@@ -278,7 +364,7 @@ def _check_backend_name(name: str, where: str) -> None:
         raise ValueError(f"{where}: expected one of {list(BACKENDS)}, got {name!r}")
 
 
-def _check_tensors(arguments: tuple[Tensor, ...], variant: str) -> None:
+def _check_tensors(arguments: tuple[Tensor, ...], variant: str, directions: int) -> None:
     x, h_0 = arguments[:2]
     for name, tensor in zip(_GRADIENTS, arguments, strict=True):
         if not tensor.is_floating_point():
@@ -287,15 +373,18 @@ def _check_tensors(arguments: tuple[Tensor, ...], variant: str) -> None:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
-    if x.dim() != 3 or h_0.dim() != 2:
-        raise ValueError(f"expected x [T, B, I] and h_0 [B, H], got {list(x.shape)} and {list(h_0.shape)}")
-    (steps, batch, inputs), hidden = x.shape, h_0.shape[1]
+    lead = () if directions == 1 else (directions,)
+    if x.dim() != 3 or h_0.dim() != 2 + len(lead):
+        wanted = "[B, H]" if directions == 1 else "[2, B, H]"
+        raise ValueError(f"expected x [T, B, I] and h_0 {wanted}, got {list(x.shape)} and {list(h_0.shape)}")
+    (steps, batch, inputs), hidden = x.shape, h_0.shape[-1]
     if steps < 1 or batch < 1 or hidden < 1:
         raise ValueError(f"expected at least one step, row and unit, got x {list(x.shape)}, h_0 {list(h_0.shape)}")
     state, units = (batch, hidden), (hidden,)
     recurrent = reference.RECURRENT_GATES[variant] * hidden
-    shapes = (x.shape, state, state, (5 * hidden, inputs), (recurrent, hidden), (5 * hidden,), units, units)
-    for name, tensor, shape in zip(_GRADIENTS, arguments, shapes, strict=True):
+    shapes = (state, state, (5 * hidden, inputs), (recurrent, hidden), (5 * hidden,), units, units)
+    for name, tensor, one in zip(_GRADIENTS[1:], arguments[1:], shapes, strict=True):
+        shape = (*lead, *one)
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,28 +40,35 @@ def forward(
     reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the layer; see `novolstm_triton.functional.forward_op`."""
+    """Run the layer in one direction or both; see `novolstm_triton.functional.forward_op`."""
     cell = CELLS[variant]
-    (steps, batch, _), hidden = x.shape, h_0.shape[1]
-    kernel_plan = launch_plan(x, hidden, cell).forward
-    constants = kernel_constants(forward_kernel, cell, hidden, kernel_plan, lengths is not None, product_precision(x))
+    walks, state_shape = _walks(x.shape[0], chunk, h_0, reverse), h_0.shape
+    h_0, c_0, weight_ih, weight_hh, bias = _with_directions(h_0, c_0, weight_ih, weight_hh, bias)
+    (steps, batch, _), (directions, _, hidden) = x.shape, h_0.shape
+    kernel_plan = launch_plan(x, hidden, cell, directions).forward
+    precision = product_precision(x)
+    constants = kernel_constants(
+        forward_kernel, cell, hidden, kernel_plan, lengths is not None, precision, directions=directions
+    )
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
-    walk = list(_walk(steps, chunk, reverse))
     state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
-    y = x.new_empty(steps, batch, hidden)
+    y = x.new_empty(steps, batch, directions * hidden)
     # c before every chunk, and in the last place after all of them.
-    c = torch.empty(len(walk) + 1, batch, hidden, **state)
+    c = torch.empty(len(walks[0]) + 1, directions, batch, hidden, **state)
     c[0] = c_0
     h_ring = _HRing(h_0, kernel_plan, min(steps, chunk))
-    row_ring = _row_ring(kernel_plan, batch, cell.partial_rows, x.device)
-    counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
-    for number, (start, stop) in enumerate(walk):
-        x_gates = torch.addmm(bias, x[start:stop].reshape(-1, x.shape[2]), weight_ih.t())
-        _softmax_gate(x_gates, cell, hidden)
-        first, stride = _first(start, stop, reverse)
+    row_ring = _row_ring(kernel_plan, directions * batch, cell.partial_rows, x.device)
+    counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+    for number, spans in enumerate(zip(*walks, strict=True)):
+        first, stride, start, count = _first(spans[0])
+        x_gates = x.new_empty(directions, count * batch, cell.gates * hidden)
+        for d, span in enumerate(spans):
+            x_chunk = x[span.low : span.high].reshape(count * batch, x.shape[2])
+            torch.addmm(bias[d], x_chunk, weight_ih[d].t(), out=x_gates[d])
+        _softmax_gate(x_gates.flatten(0, 1), cell, hidden)
         h_ring.begin_chunk()
         for tile, grid in _launches(kernel_plan):
             _launch(
@@ -80,19 +88,21 @@ def forward(
                 y,
                 c[number + 1],
                 batch,
-                stop - start,
+                count,
                 first,
                 stride,
                 start,
+                steps,
                 number * chunk,
                 h_ring.first,
-                h_ring.buffer.shape[0],
+                h_ring.buffer.shape[1],
                 tile,
                 eps,
                 **constants,
             )
-        h_ring.end_chunk(stop - start)
-    return y, h_ring.current().clone(), c[-1].to(x.dtype, copy=True), c
+        h_ring.end_chunk(count)
+    h_n, c_n = h_ring.current().clone(), c[-1].to(x.dtype, copy=True)
+    return y, h_n.view(state_shape), c_n.view(state_shape), c.view(-1, *state_shape)
 
 
 def backward(
@@ -118,48 +128,61 @@ def backward(
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Run the layer's backward; see `novolstm_triton.functional.backward_op`."""
+    """Run the layer's backward in one direction or both; see `novolstm_triton.functional.backward_op`."""
     cell = CELLS[variant]
-    (steps, batch, features), hidden = x.shape, h_0.shape[1]
-    kernel_plan = launch_plan(x, hidden, cell).backward
-    constants = kernel_constants(backward_kernel, cell, hidden, kernel_plan, lengths is not None, product_precision(x))
+    walks = _walks(x.shape[0], chunk, h_0, reverse)
+    shapes = [a.shape for a in (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)]
+    dh_n, dc_n, h_0, weight_ih, weight_hh, bias = _with_directions(dh_n, dc_n, h_0, weight_ih, weight_hh, bias)
+    (steps, batch, features), (directions, _, hidden) = x.shape, h_0.shape
+    kernel_plan = launch_plan(x, hidden, cell, directions).backward
+    precision = product_precision(x)
+    constants = kernel_constants(
+        backward_kernel, cell, hidden, kernel_plan, lengths is not None, precision, directions=directions
+    )
     gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
     weight_hh = weight_hh.contiguous()
     lengths = None if lengths is None else lengths.contiguous()
     dy = dy.contiguous()
     needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
-    walk = list(_walk(steps, chunk, reverse))
     fp32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
-    # One chunk's workspace, used again by every chunk.
-    chunk_rows = min(steps, chunk) * batch
-    z_all, dz_all = x.new_empty(chunk_rows, cell.gates * hidden), x.new_empty(chunk_rows, cell.gates * hidden)
-    c_all = torch.empty(min(steps, chunk) + 1, batch, hidden, **fp32)
-    stats_all = torch.empty(cell.stats * chunk_rows, **fp32)
-    companions = _Companions(cell, kernel_plan, x, min(steps, chunk), hidden)
-    row_ring = _row_ring(kernel_plan, batch, cell.grad_rows, x.device)
-    counters = torch.zeros(len(walk), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+    # One chunk's workspace, used again by every chunk; a shorter one takes the first part.
+    most_rows = directions * min(steps, chunk) * batch
+    z_all, dz_all = x.new_empty(most_rows, cell.gates * hidden), x.new_empty(most_rows, cell.gates * hidden)
+    c_all = torch.empty(directions * (min(steps, chunk) + 1), batch, hidden, **fp32)
+    stats_all = torch.empty(cell.stats * most_rows, **fp32)
+    companions = _Companions(cell, kernel_plan, x, min(steps, chunk), weight_hh)
+    row_ring = _row_ring(kernel_plan, directions * batch, cell.grad_rows, x.device)
+    counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
 
     dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
-    dgamma, dbeta = torch.zeros(batch, hidden, **fp32), torch.zeros(batch, hidden, **fp32)
-    dx = x.new_empty(steps, batch, features) if needs_x else None
+    dgamma, dbeta = torch.zeros(h_0.shape, **fp32), torch.zeros(h_0.shape, **fp32)
+    # Two directions add to every step.
+    new_dx = x.new_empty if directions == 1 else x.new_zeros
+    dx = new_dx(steps, batch, features) if needs_x else None
     dweight_ih = torch.zeros(weight_ih.shape, **fp32) if needs_weight_ih else None
     dweight_hh = torch.zeros(weight_hh.shape, **fp32) if needs_weight_hh else None
     dbias = torch.zeros(bias.shape, **fp32) if needs_bias else None
 
-    for number, (start, stop) in reversed(list(enumerate(walk))):
-        rows = (stop - start) * batch
-        first, stride = _first(start, stop, reverse)
-        x_chunk = _without_padding(x[start:stop], lengths, start).reshape(rows, features)
-        h_prev = _previous_h(y, h_0, lengths, start, stop, reverse).reshape(rows, hidden)
-        z, dz, c, stats = z_all[:rows], dz_all[:rows], c_all[: stop - start + 1], stats_all[: cell.stats * rows]
-        torch.addmm(bias, x_chunk, weight_ih.t(), out=z)
-        recurrent = z[:, : cell.recurrent * hidden]
-        recurrent.addmm_(h_prev, weight_hh.t())
-        _softmax_gate(z, cell, hidden)
-        c[0] = c_border[number]
+    for number, spans in reversed(list(enumerate(zip(*walks, strict=True)))):
+        first, stride, start, count = _first(spans[0])
+        rows = count * batch
+        z, dz = (a[: directions * rows].view(directions, rows, -1) for a in (z_all, dz_all))
+        stats = stats_all[: cell.stats * directions * rows]
+        c = c_all[: directions * (count + 1)].view(directions, count + 1, batch, hidden)
+        operands = []
+        for d, span in enumerate(spans):
+            x_chunk = _without_padding(x[span.low : span.high], lengths, span.low).reshape(rows, features)
+            y_d = y[:, :, d * hidden : (d + 1) * hidden]
+            h_prev = _previous_h(y_d, h_0[d], lengths, span).reshape(rows, hidden)
+            operands.append((x_chunk, h_prev))
+            torch.addmm(bias[d], x_chunk, weight_ih[d].t(), out=z[d])
+            recurrent = z[d, :, : cell.recurrent * hidden]
+            recurrent.addmm_(h_prev, weight_hh[d].t())
+        _softmax_gate(z.flatten(0, 1), cell, hidden)
+        c[:, 0] = c_border[number]
         companions.begin_chunk(rows)
-        walk_c = (first, stride, start)
+        walk_c = (first, stride, start, steps)
         _recompute_states(cell, kernel_plan, z, stats, companions.operands, c, (gamma, beta), lengths, eps, walk_c)
         companions.multiply(weight_hh)
         if kernel_plan.exchange == "words":
@@ -188,32 +211,35 @@ def backward(
                 dgamma,
                 dbeta,
                 batch,
-                stop - start,
-                first + (stop - start - 1) * stride,
+                count,
+                first + (count - 1) * stride,
                 stride,
                 start,
-                (len(walk) - 1 - number) * chunk,
+                steps,
+                (len(walks[0]) - 1 - number) * chunk,
                 companions.late_slots,
                 tile,
                 eps,
                 **constants,
             )
-        if dx is not None:
-            torch.mm(dz, weight_ih, out=dx[start:stop].view(rows, features))
-        if dweight_ih is not None:
-            _add_product(dweight_ih, dz, x_chunk)
-        if dweight_hh is not None:
-            _add_product(dweight_hh, dz[:, : cell.recurrent * hidden], h_prev)
+        for d, (span, (x_chunk, h_prev)) in enumerate(zip(spans, operands, strict=True)):
+            if dx is not None:
+                dx_chunk = dx[span.low : span.high].view(rows, features)
+                dx_chunk.addmm_(dz[d], weight_ih[d], beta=directions - 1)
+            if dweight_ih is not None:
+                _add_product(dweight_ih[d], dz[d], x_chunk)
+            if dweight_hh is not None:
+                _add_product(dweight_hh[d], dz[d, :, : cell.recurrent * hidden], h_prev)
         if dbias is not None:
-            dbias += dz.sum(0, dtype=torch.float32)
+            dbias += dz.sum(1, dtype=torch.float32)
 
-    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma.sum(0) * gate_gain, dbeta.sum(0) * gate_gain)
-    pairs = zip(gradients, needs, strict=True)
-    return tuple(g.to(x.dtype) if g is not None and needed else None for g, needed in pairs)
+    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma.sum(1) * gate_gain, dbeta.sum(1) * gate_gain)
+    triples = zip(gradients, shapes, needs, strict=True)
+    return tuple(g.to(x.dtype).view(shape) if g is not None and needed else None for g, shape, needed in triples)
 
 
 class _HRing:
-    """The buffer [slots, B, H] in which slices exchange h; a step reads one slot and writes the next.
+    """The buffer [D, slots, B, H] in which slices exchange h; a step reads one slot and writes the next.
 
     The barrier takes turns between two slots. Self-validating words are never overwritten within a chunk: each step
     has a slot of its own, which holds no word until one arrives.
@@ -221,62 +247,66 @@ class _HRing:
 
     def __init__(self, h_0: Tensor, kernel_plan: KernelPlan, chunk: int) -> None:
         self._words = kernel_plan.exchange == "words"
-        self.buffer = h_0.new_empty(chunk + 1 if self._words else 2, *h_0.shape)
+        self.buffer = h_0.new_empty(h_0.shape[0], chunk + 1 if self._words else 2, *h_0.shape[1:])
         self.first = 0
         # A NaN of the user's could look like a word that is missing.
-        self.buffer[0] = h_0.masked_fill(h_0.isnan(), float("nan")) if self._words else h_0
+        self.buffer[:, 0] = h_0.masked_fill(h_0.isnan(), float("nan")) if self._words else h_0
 
     def current(self) -> Tensor:
-        """Return [B, H], the h that the next step starts from."""
-        return self.buffer[self.first]
+        """Return [D, B, H], the h that the next step starts from."""
+        return self.buffer[:, self.first]
 
     def begin_chunk(self) -> None:
         """Make room for the steps of a chunk."""
         if self._words:
             h = self.current().clone()
             _fill_missing(self.buffer)
-            self.buffer[0] = h
+            self.buffer[:, 0] = h
             self.first = 0
 
     def end_chunk(self, steps: int) -> None:
         """Go on from the slot that the chunk's last step has written."""
-        self.first = (self.first + steps) % self.buffer.shape[0]
+        self.first = (self.first + steps) % self.buffer.shape[1]
 
 
 class _Companions:
     """What backward needs for one exchange a step; with two, empty tensors that no kernel touches.
 
-    operands [S·rows, H] are the cell's companions of its S row sums, products [S·rows, H] those times the recurrent
-    weights of their gates, and late_ring [late_slots, B, late gates·H] is where slices exchange dz of the late gates.
-    Both exchanges use it as they use `_HRing`.
+    operands [S·D·rows, H] are the cell's companions of its S row sums, products [S·D·rows, H] those times the recurrent
+    weights of their gates, and late_ring [D, late_slots, B, late gates·H] is where slices exchange dz of the late
+    gates. Both exchanges use it as they use `_HRing`. weight_hh is [D, recurrent·H, H].
     """
 
-    def __init__(self, cell: Cell, kernel_plan: KernelPlan, x: Tensor, chunk: int, hidden: int) -> None:
+    def __init__(self, cell: Cell, kernel_plan: KernelPlan, x: Tensor, chunk: int, weight_hh: Tensor) -> None:
         self._gates = cell.companion_gates if kernel_plan.exchanges == 1 else ()
         self._words = kernel_plan.exchange == "words"
-        self._buffers = x.new_empty(2, len(self._gates) * chunk * x.shape[1], hidden)
+        directions, _, hidden = weight_hh.shape
+        # One part for every row sum and direction.
+        self._parts = len(self._gates) * directions
+        self._buffers = x.new_empty(2, self._parts * chunk * x.shape[1], hidden)
         self.late_slots = (chunk if self._words else 2) if self._gates else 1
-        self.late_ring = x.new_empty(self.late_slots, x.shape[1] if self._gates else 0, len(cell.late) * hidden)
+        batch = x.shape[1] if self._gates else 0
+        self.late_ring = x.new_empty(directions, self.late_slots, batch, len(cell.late) * hidden)
         self.operands, self.products = self._buffers
 
     def begin_chunk(self, rows: int) -> None:
-        """Take the buffers' first parts for a chunk of so many rows (t, b)."""
-        self.operands, self.products = self._buffers[:, : len(self._gates) * rows]
+        """Take as much of the buffers as a chunk of so many rows (t, b) of each direction needs."""
+        self.operands, self.products = self._buffers[:, : self._parts * rows]
         if self._words:
             _fill_missing(self.late_ring)
 
     def multiply(self, weight_hh: Tensor) -> None:
-        """Make the products, once the operands are there; weight_hh is [recurrent·H, H]."""
+        """Make the products, once the operands are there."""
         if not self._gates:
             return
-        rows, hidden = self.operands.shape[0] // len(self._gates), weight_hh.shape[1]
-        for k, gate in enumerate(self._gates):
-            part, weight = slice(k * rows, (k + 1) * rows), weight_hh[gate * hidden : (gate + 1) * hidden]
-            torch.mm(self.operands[part], weight, out=self.products[part])
+        hidden, parts = weight_hh.shape[2], [a.chunk(self._parts) for a in (self.operands, self.products)]
+        pairs = itertools.product(self._gates, weight_hh)
+        for (gate, weight), operand, product in zip(pairs, *parts, strict=True):
+            torch.mm(operand, weight[gate * hidden : (gate + 1) * hidden], out=product)
 
 
 def _row_ring(kernel_plan: KernelPlan, batch: int, rows: int, device: torch.device) -> Tensor:
-    """Return the ring [2, B, rows, slices] for the rows that a step exchanges."""
+    """Return the ring [2, B, rows, slices] for the rows that a step exchanges; B counts those of every direction."""
     shape = (2, batch, rows, kernel_plan.slices)
     if kernel_plan.exchange == "words":
         # Zero is the tag of no step.
@@ -289,14 +319,21 @@ def _fill_missing(buffer: Tensor) -> None:
     buffer.view(torch.int32 if buffer.element_size() == 4 else torch.int16).fill_(-1)
 
 
-def launch_plan(x: Tensor, hidden: int, cell: Cell) -> LaunchPlan:
+def launch_plan(x: Tensor, hidden: int, cell: Cell, directions: int = 1) -> LaunchPlan:
     """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
     in_force = planning.pinned(), tuned.in_force()
-    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, *in_force)
+    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, directions, *in_force)
 
 
 def kernel_constants(
-    kernel: Any, cell: Cell, hidden: int, kernel_plan: KernelPlan, has_lengths: bool, precision: str
+    kernel: Any,
+    cell: Cell,
+    hidden: int,
+    kernel_plan: KernelPlan,
+    has_lengths: bool,
+    precision: str,
+    *,
+    directions: int = 1,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of one of the four kernels; `precision` is tl.dot's, of fp32 operands."""
     everything = dict(
@@ -308,6 +345,7 @@ def kernel_constants(
         companions=cell.companions,
         EARLY=cell.early,
         LATE=cell.late,
+        DIRECTIONS=directions,
         GATES=cell.gates,
         RECURRENT=cell.recurrent,
         STATS=cell.stats,
@@ -333,8 +371,9 @@ def kernel_constants(
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plan(hidden, batch, dtype, device, recurrent, pins, plans) -> LaunchPlan:
-    return planning.plan(hidden, batch, dtype, device, recurrent=recurrent, pins=pins, plans=plans)
+def _cached_plan(hidden, batch, dtype, device, recurrent, directions, pins, plans) -> LaunchPlan:
+    options: dict[str, Any] = dict(recurrent=recurrent, directions=directions, pins=pins, plans=plans)
+    return planning.plan(hidden, batch, dtype, device, **options)
 
 
 @functools.lru_cache
@@ -355,16 +394,42 @@ def _device(device: torch.device) -> planning.Device:
     )
 
 
-def _walk(steps: int, chunk: int, reverse: bool) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of every chunk in walking order; all but the last walked have `chunk` steps."""
+class _Span(NamedTuple):
+    """The steps [low, high) of one chunk of one direction."""
+
+    low: int
+    high: int
+    reverse: bool
+    """Whether they are walked from the last to the first."""
+
+
+def _walks(steps: int, chunk: int, h_0: Tensor, reverse: bool) -> list[list[_Span]]:
+    """Return the chunks of each direction in walking order; all but the last walked have `chunk` steps.
+
+    h_0 is [B, H] for one direction, walked backward if `reverse`, or [2, B, H] for both. The walk of the second one is
+    the mirror image of the first one's, which is all that the kernels are told.
+    """
+    return [list(_walk(steps, chunk, r)) for r in ((reverse,) if h_0.dim() == 2 else (False, True))]
+
+
+def _walk(steps: int, chunk: int, reverse: bool) -> Iterator[_Span]:
     for done in range(0, steps, chunk):
         size = min(chunk, steps - done)
-        yield (steps - done - size, steps - done) if reverse else (done, done + size)
+        low = steps - done - size if reverse else done
+        yield _Span(low, low + size, reverse)
 
 
-def _first(start: int, stop: int, reverse: bool) -> tuple[int, int]:
-    """Return t of the first step walked in [start, stop), and the walk's step in t."""
-    return (stop - 1, -1) if reverse else (start, 1)
+def _first(span: _Span) -> tuple[int, int, int, int]:
+    """Return t of the first step walked, the walk's step in t, the lowest t and the number of steps."""
+    low, count = span.low, span.high - span.low
+    return (span.high - 1, -1, low, count) if span.reverse else (low, 1, low, count)
+
+
+def _with_directions(*tensors: Tensor) -> Iterator[Tensor]:
+    """Yield a layer's tensors, the first one a state [B, H] or [2, B, H], with a leading dimension of directions."""
+    single = tensors[0].dim() == 2
+    for tensor in tensors:
+        yield tensor.unsqueeze(0) if single else tensor
 
 
 def _launches(kernel_plan: KernelPlan) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -435,17 +500,18 @@ def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:
     return x.masked_fill((t >= lengths).unsqueeze(2), 0)
 
 
-def _previous_h(y: Tensor, h_0: Tensor, lengths: Tensor | None, start: int, stop: int, reverse: bool) -> Tensor:
-    """Return [stop − start, B, H], the h that each step of the chunk started from: y, but for a row's first step."""
+def _previous_h(y: Tensor, h_0: Tensor, lengths: Tensor | None, span: _Span) -> Tensor:
+    """Return [high − low, B, H], the h that each step of the span started from: y, but for a row's first step."""
+    low, high, reverse = span
     if reverse:
-        previous = y[start + 1 : stop + 1]
-        if stop == y.shape[0]:
+        previous = y[low + 1 : high + 1]
+        if high == y.shape[0]:
             previous = torch.cat([previous, h_0.unsqueeze(0)])
         if lengths is not None:
-            t = torch.arange(start, stop, device=y.device, dtype=lengths.dtype).unsqueeze(1)
+            t = torch.arange(low, high, device=y.device, dtype=lengths.dtype).unsqueeze(1)
             previous = torch.where((t == lengths - 1).unsqueeze(2), h_0, previous)
         return previous
-    return y[start - 1 : stop - 1] if start > 0 else torch.cat([h_0.unsqueeze(0), y[: stop - 1]])
+    return y[low - 1 : high - 1] if low > 0 else torch.cat([h_0.unsqueeze(0), y[: high - 1]])
 
 
 def _recompute_states(
@@ -458,20 +524,23 @@ def _recompute_states(
     affine: tuple[Tensor, Tensor],
     lengths: Tensor | None,
     eps: float,
-    walk: tuple[int, int, int],
+    walk: tuple[int, int, int, int],
 ) -> None:
-    """Fill stats, companions and c[1:] of a chunk from its z and c[0]; walk is (first t, stride, start)."""
-    (_, batch, hidden), rows = c.shape, z.shape[0]
+    """Fill stats, companions and c[:, 1:] of a chunk from its z [D, rows, GH] and c[:, 0], c [D, steps + 1, B, H].
+
+    walk is (first t, stride, start) of direction 0, and T.
+    """
+    (directions, states, batch, hidden), rows = c.shape, z.shape[0] * z.shape[1]
     constants = [
-        kernel_constants(kernel, cell, hidden, kernel_plan, lengths is not None, "ieee")
+        kernel_constants(kernel, cell, hidden, kernel_plan, lengths is not None, "ieee", directions=directions)
         for kernel in (statistics_kernel, cell_states_kernel)
     ]
     with _on(z.device):
         grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
         constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
         statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
-        grid = (batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
-        cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, c.shape[0] - 1, *walk, **constants[1], **FUSION)
+        grid = (directions * batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
+        cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, states - 1, *walk, **constants[1], **FUSION)
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:

@@ -3,12 +3,14 @@
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.functional import BACKENDS, novolstm
+from novolstm_triton.functional import BACKENDS, novolstm, novolstm_bidirectional, resolve_backend
 from novolstm_triton.reference import DEFAULT_EPS, RECURRENT_GATES
 
 
@@ -174,25 +176,9 @@ class NovoLSTM(nn.Module):
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
                 outputs = nn.functional.dropout(outputs, self.dropout, self.training)
-            results = []
-            for suffix in self._suffixes(layer):
-                k = len(h_n)
-                y, h, c = novolstm(
-                    outputs,
-                    h_0[k],
-                    c_0[k],
-                    *self._weights(suffix),
-                    eps=self.ln_eps,
-                    gate_gain=float(self.hidden_size) if self.gate_gain == "hidden" else float(self.gate_gain),
-                    variant=self.variant,
-                    lengths=lengths,
-                    reverse=suffix.endswith("_reverse"),
-                    backend=self.backend,
-                )
-                results.append(y)
-                h_n.append(h)
-                c_n.append(c)
-            outputs = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+            outputs, h, c = self._run_layer(layer, outputs, h_0, c_0, lengths)
+            h_n.extend(h)
+            c_n.extend(c)
 
         h_n, c_n = torch.stack(h_n), torch.stack(c_n)
         if not batched:
@@ -205,6 +191,31 @@ class NovoLSTM(nn.Module):
         defaults |= {"variant": "formula", "gate_gain": 1.0, "backend": "auto"}
         shown = [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+    def _run_layer(
+        self, layer: int, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+        """Return one layer's y [T, B, D·H] and, for each direction, h_n and c_n [B, H]; h_0 and c_0 are [L·D, B, H]."""
+        weights = [self._weights(suffix) for suffix in self._suffixes(layer)]
+        first, directions = layer * len(weights), range(len(weights))
+        options: dict[str, Any] = dict(
+            eps=self.ln_eps,
+            gate_gain=float(self.hidden_size) if self.gate_gain == "hidden" else float(self.gate_gain),
+            variant=self.variant,
+            lengths=lengths,
+            backend=self.backend,
+        )
+        # Elsewhere nothing is gained by stacking the weights.
+        if self.bidirectional and resolve_backend(self.backend, x.device) == "triton":
+            states = (s[first : first + 2] for s in (h_0, c_0))
+            stacked = (torch.stack(pair) if pair[0] is not None else None for pair in zip(*weights, strict=True))
+            y, h_n, c_n = novolstm_bidirectional(x, *states, *stacked, **options)
+            return y, h_n.unbind(0), c_n.unbind(0)
+        results = [
+            novolstm(x, h_0[first + d], c_0[first + d], *weights[d], reverse=d == 1, **options) for d in directions
+        ]
+        outputs, h_n, c_n = zip(*results, strict=True)
+        return (torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]), h_n, c_n
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]

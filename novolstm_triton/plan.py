@@ -73,7 +73,7 @@ class KernelPlan:
     exchanges: int
     """Exchanges among slices in a step: two, or, in backward at the price of a few products more, one."""
     tiles: int
-    """Batch tiles in all."""
+    """Batch tiles in all, those of every direction."""
     tiles_per_launch: int
     """Batch tiles that are resident together; the others follow in successive launches."""
     num_warps: int
@@ -224,6 +224,7 @@ def plan(
     device: Device,
     *,
     recurrent: int = 5,
+    directions: int = 1,
     pins: Pins | None = None,
     plans: "TunedPlans | None" = None,
 ) -> LaunchPlan:
@@ -235,6 +236,7 @@ def plan(
         dtype: dtype of x and the weights.
         device: properties of the GPU (`pins.device` outranks it).
         recurrent: gates with a recurrent weight.
+        directions: directions that run side by side, 1 or 2, each with batch tiles of its own.
         pins: choices made beforehand; None means those of `forced`.
         plans: plans measured on devices, which outrank the model and are outranked by pins; None means those in force,
             see `novolstm_triton.tuned`.
@@ -253,7 +255,7 @@ def plan(
 
     def best(backward: bool) -> KernelPlan:
         choices = plans.choose(*sizes, recurrent=recurrent, backward=backward, pins=pins)
-        kernel_plans = candidates(*sizes, recurrent=recurrent, backward=backward, pins=choices)
+        kernel_plans = candidates(*sizes, recurrent=recurrent, directions=directions, backward=backward, pins=choices)
         return min(kernel_plans, key=lambda c: (c.step_us, c.slices, c.block_b))
 
     return LaunchPlan(forward=best(False), backward=best(True))
@@ -275,7 +277,15 @@ _POINTWISE_US_PER_ELEMENT = 9 / (16 * _CLOCKS_PER_US)
 
 
 def candidates(
-    hidden: int, batch: int, dtype: torch.dtype, device: Device, *, recurrent: int = 5, backward: bool, pins: Pins
+    hidden: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    recurrent: int = 5,
+    directions: int = 1,
+    backward: bool,
+    pins: Pins,
 ) -> list[KernelPlan]:
     """Return the plans of one kernel that the device and the pins allow, in no particular order.
 
@@ -285,6 +295,7 @@ def candidates(
         dtype: dtype of x and the weights.
         device: properties of the GPU; `pins.device` is not looked at.
         recurrent: gates with a recurrent weight.
+        directions: directions that run side by side, 1 or 2.
         backward: whether the kernel is backward's or forward's.
         pins: choices made beforehand.
 
@@ -309,7 +320,8 @@ def candidates(
         slow = batch >= 1024 and _has_wgmma(device) and slicing.slices > 1 and block_b < 64 and not backward
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
-            candidate = _candidate(hidden, batch, itemsize, device, recurrent, slicing, tile, resident, backward, pins)
+            sizes = (hidden, batch, itemsize, device, recurrent, directions)
+            candidate = _candidate(*sizes, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
             if candidate.smem_bytes <= device.smem_bytes:
                 spills = not _fits_registers(hidden, device, tile, slicing.ctas, resident, backward)
@@ -440,6 +452,7 @@ def _candidate(
     itemsize: int,
     device: Device,
     recurrent: int,
+    directions: int,
     slicing: _Slicing,
     tile: tuple[int, int, int, int],
     resident: bool,
@@ -449,7 +462,7 @@ def _candidate(
     (slices, units, _, ctas), (block_b, block_n, block_k, num_stages) = slicing, tile
     padded_k = -(-hidden // block_k) * block_k
     local = resident and slices == 1 and block_k == block_n
-    tiles = -(-batch // block_b)
+    tiles = directions * -(-batch // block_b)
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n // ctas
     words = slices > 1 and pins.exchange == "words"
@@ -463,8 +476,8 @@ def _candidate(
     )
     num_warps = num_warps or (8 if crowded or spread or ctas > 1 else 4)
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
-    # elsewhere a limit of its own choice serves it better.
-    thrifty = backward and resident and block_b == 16 and block_k <= 256
+    # elsewhere a limit of its own choice serves it better, except with two directions, whose offsets it spills.
+    thrifty = backward and resident and block_b == 16 and ((block_k <= 256 and num_warps == 8) or directions == 2)
     exchanges = pins.exchanges or 2 if backward and slices > 1 else 2
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
@@ -505,7 +518,7 @@ def _candidate(
         tiles_per_launch=together,
         num_warps=num_warps,
         num_stages=num_stages,
-        max_registers=255 if device.backend == "cuda" and num_warps == 8 and thrifty else None,
+        max_registers=255 if device.backend == "cuda" and num_warps <= 8 and thrifty else None,
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from novolstm_triton.functional import novolstm
+from novolstm_triton.functional import novolstm, novolstm_bidirectional
 from novolstm_triton.reference import RECURRENT_GATES
 
 INPUTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
@@ -24,12 +25,13 @@ class Problem:
     variant: str = "formula"
     lengths: bool = False
     reverse: bool = False
+    bidirectional: bool = False
     seed: int = 0
     device: str = "cpu"
 
     def __str__(self) -> str:
         """Return sizes and options as one short word."""
-        flags = [self.variant, *(["lengths"] if self.lengths else []), *(["reverse"] if self.reverse else [])]
+        flags = [self.variant, *(flag for flag in ("lengths", "reverse", "bidirectional") if getattr(self, flag))]
         return f"T{self.steps}-B{self.batch}-H{self.hidden}-{'-'.join(flags)}"
 
     @property
@@ -38,24 +40,32 @@ class Problem:
         return float(self.hidden) if self.variant == "formula" else 1.0
 
     def draw(self) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-        """Return the eight inputs in float64, the lengths, and gradients of y, h_n and c_n."""
+        """Return the eight inputs in float64, the lengths, and gradients of y, h_n and c_n.
+
+        All but x and the lengths have a leading dimension of two if the problem is bidirectional.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
         hidden, recurrent = self.hidden, RECURRENT_GATES[self.variant] * self.hidden
+        both = (2,) if self.bidirectional else ()
         inputs = [
             normal(self.steps, self.batch, self.inputs_size),
-            normal(self.batch, hidden),
-            normal(self.batch, hidden),
-            normal(5 * hidden, self.inputs_size, scale=self.inputs_size**-0.5),
-            normal(recurrent, hidden, scale=hidden**-0.5),
-            normal(5 * hidden, scale=0.5),
-            1 + normal(hidden, scale=0.3),
-            normal(hidden, scale=0.3),
+            normal(*both, self.batch, hidden),
+            normal(*both, self.batch, hidden),
+            normal(*both, 5 * hidden, self.inputs_size, scale=self.inputs_size**-0.5),
+            normal(*both, recurrent, hidden, scale=hidden**-0.5),
+            normal(*both, 5 * hidden, scale=0.5),
+            1 + normal(*both, hidden, scale=0.3),
+            normal(*both, hidden, scale=0.3),
         ]
-        grads = [normal(self.steps, self.batch, hidden), normal(self.batch, hidden), normal(self.batch, hidden)]
+        grads = [
+            normal(self.steps, self.batch, math.prod(both) * hidden),
+            normal(*both, self.batch, hidden),
+            normal(*both, self.batch, hidden),
+        ]
         lengths = torch.randint(0, self.steps + 1, (self.batch,), generator=generator) if self.lengths else None
         return inputs, lengths, grads
 
@@ -64,14 +74,12 @@ class Problem:
         inputs, lengths, grads = self.draw()
         rounded = rounded or dtype
         inputs = [a.to(self.device, rounded).to(dtype).requires_grad_() for a in inputs]
-        outputs = novolstm(
-            *inputs,
-            gate_gain=self.gate_gain,
-            variant=self.variant,
-            lengths=None if lengths is None else lengths.to(self.device),
-            reverse=self.reverse,
-            backend=backend,
-        )
+        lengths = None if lengths is None else lengths.to(self.device)
+        options: dict[str, Any] = dict(gate_gain=self.gate_gain, variant=self.variant, lengths=lengths, backend=backend)
+        if self.bidirectional:
+            outputs = novolstm_bidirectional(*inputs, **options)
+        else:
+            outputs = novolstm(*inputs, reverse=self.reverse, **options)
         gradients = torch.autograd.grad(outputs, inputs, [g.to(self.device, rounded).to(dtype) for g in grads])
         return dict(zip(RESULTS, (*(o.detach() for o in outputs), *gradients), strict=True))
 
