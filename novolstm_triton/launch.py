@@ -16,6 +16,7 @@ from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel
 from novolstm_triton.kernels.forward import forward_kernel
 from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK, Cell
 from novolstm_triton.plan import KernelPlan, LaunchPlan
+from novolstm_triton.streams import one_ahead
 
 CELLS = {"formula": FORMULA, "notebook": NOTEBOOK}
 
@@ -62,13 +63,20 @@ def forward(
     h_ring = _HRing(h_0, kernel_plan, min(steps, chunk))
     row_ring = _row_ring(kernel_plan, directions * batch, cell.partial_rows, x.device)
     counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
-    for number, spans in enumerate(zip(*walks, strict=True)):
+
+    def multiply_inputs(number: int, buffer: Tensor) -> None:
+        for d, walk in enumerate(walks):
+            span = walk[number]
+            rows = (span.high - span.low) * batch
+            x_gates = buffer[d * rows : (d + 1) * rows]
+            torch.addmm(bias[d], x[span.low : span.high].reshape(rows, x.shape[2]), weight_ih[d].t(), out=x_gates)
+            _softmax_gate(x_gates, cell, hidden)
+
+    most_rows = directions * min(steps, chunk) * batch
+    buffers = [x.new_empty(most_rows, cell.gates * hidden) for _ in range(2 if _overlaps(x) else 1)]
+    chunks = enumerate(zip(*walks, strict=True))
+    for (number, spans), x_gates in zip(chunks, one_ahead(multiply_inputs, buffers, len(walks[0])), strict=True):
         first, stride, start, count = _first(spans[0])
-        x_gates = x.new_empty(directions, count * batch, cell.gates * hidden)
-        for d, span in enumerate(spans):
-            x_chunk = x[span.low : span.high].reshape(count * batch, x.shape[2])
-            torch.addmm(bias[d], x_chunk, weight_ih[d].t(), out=x_gates[d])
-        _softmax_gate(x_gates.flatten(0, 1), cell, hidden)
         h_ring.begin_chunk()
         for tile, grid in _launches(kernel_plan):
             _launch(
@@ -312,6 +320,10 @@ def _row_ring(kernel_plan: KernelPlan, batch: int, rows: int, device: torch.devi
         # Zero is the tag of no step.
         return torch.zeros(shape, dtype=torch.int64, device=device)
     return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _overlaps(x: Tensor) -> bool:
+    return bool(planning.pinned().overlap) and x.is_cuda
 
 
 def _fill_missing(buffer: Tensor) -> None:

@@ -106,6 +106,7 @@ class Pins:
     ctas: int | None = None
     exchanges: int | None = None
     num_warps: int | None = None
+    overlap: bool | None = None
     chunk: int | None = None
     device: Device | None = None
 
@@ -124,6 +125,7 @@ def forced(
     ctas: int | None = None,
     exchanges: int | None = None,
     num_warps: int | None = None,
+    overlap: bool | None = None,
     chunk: int | None = None,
     device: Device | None = None,
 ) -> Iterator[None]:
@@ -140,6 +142,8 @@ def forced(
         exchanges: exchanges per step of backward with several slices, 2, or 1: companion products (kernels/README.md)
             save the second one. Forward needs two.
         num_warps: warps per program, a power of two from 1 to 32.
+        overlap: make the input products of the next chunk on a stream of their own, under forward's recurrence of this
+            one (on a GPU).
         chunk: time steps per chunk; of the torch backend, too.
         device: plan as if for this device, whatever the tensors are on.
 
@@ -169,6 +173,7 @@ def forced(
         ctas=ctas,
         exchanges=exchanges,
         num_warps=num_warps,
+        overlap=overlap,
         chunk=chunk,
         device=device,
     )
@@ -476,8 +481,8 @@ def _candidate(
     )
     num_warps = num_warps or (8 if crowded or spread or ctas > 1 else 4)
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
-    # elsewhere a limit of its own choice serves it better, except with two directions, whose offsets it spills.
-    thrifty = backward and resident and block_b == 16 and ((block_k <= 256 and num_warps == 8) or directions == 2)
+    # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
+    thrifty = backward and resident and block_b == 16 and (block_k <= 256 if num_warps == 8 else directions == 2)
     exchanges = pins.exchanges or 2 if backward and slices > 1 else 2
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.

@@ -28,8 +28,17 @@ def grids(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
-@pytest.mark.parametrize(("exchange", "exchanges"), [("barrier", 2), ("barrier", 1), ("words", 2), ("words", 1)])
+@pytest.mark.parametrize(
+    ("exchange", "exchanges", "variant"),
+    [
+        ("barrier", 2, "formula"),
+        ("barrier", 2, "notebook"),
+        ("barrier", 1, "notebook"),
+        ("words", 2, "formula"),
+        ("words", 1, "formula"),
+        ("words", 1, "notebook"),
+    ],
+)
 def test_one_launch_per_chunk_matches_float64(grids, exchange, exchanges, variant):
     # Two chunks, the last one shorter: the second direction's start at other steps than the first's.
     lengths = (exchange == "words") == (variant == "formula")
@@ -160,12 +169,15 @@ def test_operators_pass_opcheck():
 
 
 def test_bad_shapes_are_named():
-    inputs: Any = Problem(steps=2, batch=2, hidden=3, bidirectional=True).draw()[0]
-    with pytest.raises(ValueError, match=r"h_0 \[2, B, H\]"):
-        novolstm_bidirectional(inputs[0], inputs[1][0], *inputs[2:])
+    inputs, _, _ = Problem(steps=2, batch=2, hidden=3, bidirectional=True).draw()
     with pytest.raises(ValueError, match=r"h_0 \[B, H\]"):
         novolstm(*inputs)
-    with pytest.raises(ValueError, match=r"weight_hh: expected shape \[2, 15, 3\]"):
-        novolstm_bidirectional(*inputs[:4], inputs[4][0], *inputs[5:])
-    with pytest.raises(TypeError, match="weight_ih: expected a Tensor"):
-        novolstm_bidirectional(*inputs[:3], None, inputs[4], None, *inputs[6:])
+    for place, bad, error, message in (
+        (1, inputs[1][0], ValueError, r"h_0 \[2, B, H\]"),
+        (4, inputs[4][0], ValueError, r"weight_hh: expected shape \[2, 15, 3\]"),
+        (3, None, TypeError, "weight_ih: expected a Tensor"),
+    ):
+        given: list[Any] = [*inputs]
+        given[place] = bad
+        with pytest.raises(error, match=message):
+            novolstm_bidirectional(*given)

@@ -6,7 +6,11 @@ from unittest import mock
 import pytest
 import torch
 
+from novolstm_triton import launch, plan
 from novolstm_triton.streams import one_ahead
+
+from .cooperative import cooperative
+from .problems import Problem, assert_as_exact_as_eager
 
 
 class Streams:
@@ -112,3 +116,13 @@ def test_runs_ahead():
             world.access(buffer, "read")
     # Chunk n + 1 is made knowing the caller's work on chunks up to n - 1 only.
     assert before == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 9])
+def test_layer_with_products_one_chunk_ahead(chunk, monkeypatch):
+    """The stand-ins run everything at once, in the order of the calls: what is left to see is which buffer is whose."""
+    monkeypatch.setattr(launch, "_overlaps", lambda x: True)
+    problem = Problem(steps=7, batch=2, hidden=6, lengths=True)
+    with Streams().stand_in(), cooperative(0, poison=True), plan.forced(overlap=True, chunk=chunk):
+        result = problem.run("triton", torch.float32)
+    assert_as_exact_as_eager(problem, result, torch.float32)
