@@ -476,10 +476,14 @@ def _candidate(
     crowded = elements > 512 or block_b > 16 or (elements == 512 and not resident) or words
     crowded = crowded or (resident and itemsize == 4)
     spread = block_n == 16 and slices > 32
-    num_warps = pins.num_warps or (
-        4 if device.backend == "hip" else 16 if local and elements > 1024 and ctas == 1 else 0
-    )
-    num_warps = num_warps or (8 if crowded or spread or ctas > 1 else 4)
+    if pins.num_warps is not None:
+        num_warps = pins.num_warps
+    elif device.backend == "hip":
+        num_warps = 4
+    elif local and ctas == 1 and elements > 1024:
+        num_warps = 16
+    else:
+        num_warps = 8 if crowded or spread or ctas > 1 else 4
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
     thrifty = backward and resident and block_b == 16 and (block_k <= 256 if num_warps == 8 else directions == 2)
