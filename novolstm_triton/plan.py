@@ -471,11 +471,10 @@ def _candidate(
     together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
     elements = block_b * block_n // ctas
     words = slices > 1 and pins.exchange == "words"
-    # Fewest that keep every register on chip and the rows of all tiles in the same warps, so that no statistic has to
-    # change warps, as the compile report shows. On AMD more warps get fewer registers.
-    crowded = elements > 512 or block_b > 16 or (elements == 512 and not resident) or words
-    crowded = crowded or (resident and itemsize == 4)
-    spread = block_n == 16 and slices > 32
+    # Fewest that keep every register on chip, as the compile report shows: on a tile of 16 columns further warps repeat
+    # the product. On AMD more warps get fewer registers.
+    crowded = elements > 512 or words or (backward and elements == 512 and not resident)
+    crowded = crowded or (block_b == 32 and block_k < min(hidden, 512))
     if pins.num_warps is not None:
         num_warps = pins.num_warps
     elif device.backend == "hip":
@@ -483,7 +482,7 @@ def _candidate(
     elif local and ctas == 1 and elements > 1024:
         num_warps = 16
     else:
-        num_warps = 8 if crowded or spread or ctas > 1 else 4
+        num_warps = 8 if crowded or ctas > 1 else 4
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
     thrifty = backward and resident and block_b == 16 and (block_k <= 256 if num_warps == 8 else directions == 2)

@@ -43,12 +43,13 @@ def test_no_register_is_spilled(recurrent):
 
 def test_few_barriers_in_a_step(recurrent):
     """Every tile that changes its layout costs two; half of what the first kernels took is the most to accept."""
-    # Of forward and backward at sm_90, B = 16.
-    first = {64: (30, 52), 128: (40, 58), 256: (36, 69), 512: (40, 87), 1024: (40, 129)}
+    # Forward and backward together, at sm_90, B = 16.
+    first = {64: 30 + 52, 128: 40 + 58, 256: 36 + 69, 512: 40 + 87, 1024: 40 + 129}
+    steps = dict.fromkeys(first, 0)
     for row in recurrent:
         if row["batch"] == 16 and row["arch"] == "sm_90":
-            limit = first[row["hidden"]][row["kernel"] == "backward_kernel"] // 2
-            assert row["barriers"] <= limit, f"{name(row)}: {row['barriers']}"
+            steps[row["hidden"]] += row["barriers"]
+    assert all(0 < steps[hidden] <= first[hidden] // 2 for hidden in first), steps
 
 
 def test_shared_memory_is_within_plan_and_device(recurrent):
