@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from novolstm_triton import reference
-from novolstm_triton.plan import chunk_steps, in_force, pinned
+from novolstm_triton.plan import chunk_steps, constant_in_graphs, in_force, pinned
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 """What `backend=` accepts: see `novolstm`."""
@@ -28,9 +28,8 @@ _IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.
 _GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _backend_of_block() -> str | None:
-    """Return what `use_backend` has set. torch.compile asks once, when it traces."""
     return _backend_in_use.get()
 
 

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -196,9 +196,17 @@ def pinned() -> Pins:
     return _pins.get()
 
 
-@torch.compiler.assume_constant_result
+def constant_in_graphs(function: Callable) -> Callable:
+    """Let torch.compile call a function once, when it traces, and keep what it returns.
+
+    What torch.compiler.assume_constant_result does, without its import of the compiler, which costs seconds.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
+@constant_in_graphs
 def _pinned_chunk() -> int | None:
-    """Return the pinned chunk. torch.compile asks once, when it traces."""
     return _pins.get().chunk
 
 
