@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 import torch
 import triton
@@ -55,22 +56,43 @@ _IN_INT32 = {"lengths_ptr", "counter_ptr"}
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
-def compile_kernel(
-    kernel_name: str,
-    arch: str,
-    hidden: int,
-    batch: int,
-    dtype: str,
-    variant: str,
-    lengths: bool,
-    pins: planning.Pins,
-    directions: int = 1,
-) -> dict:
-    """Compile one kernel as `launch.py` would launch it and return its row of the report."""
-    kernel, device, cell = KERNELS[kernel_name], DEVICES[arch], CELLS[variant]
-    kernel_plan = _plan(kernel_name, arch, hidden, batch, dtype, variant, lengths, pins, directions)
+class Case(NamedTuple):
+    """A kernel of a layer, to be compiled as `launch.py` would launch it."""
+
+    kernel: str
+    arch: str
+    hidden: int
+    batch: int
+    dtype: str
+    variant: str
+    lengths: bool
+    directions: int
+    pins: planning.Pins
+
+    def plan(self) -> planning.KernelPlan:
+        """Return how the kernel is launched."""
+        sizes, recurrent = (
+            (self.hidden, self.batch, DTYPES[self.dtype], DEVICES[self.arch]),
+            CELLS[self.variant].recurrent,
+        )
+        plans = planning.plan(*sizes, recurrent=recurrent, directions=self.directions, pins=self.pins)
+        return plans.forward if self.kernel == "forward_kernel" else plans.backward
+
+    def text(self) -> tuple:
+        """Return all that the compiled text depends on: one plan serves many batches. Without a plan, the case."""
+        try:
+            same_plan = dataclasses.replace(self.plan(), tiles=0, tiles_per_launch=0, step_us=0.0)
+        except ValueError:
+            return self
+        return self._replace(batch=0, pins=planning.Pins()), same_plan
+
+
+def compile_kernel(case: Case) -> dict:
+    """Compile one kernel and return its row of the report."""
+    kernel, device, cell, kernel_plan = KERNELS[case.kernel], DEVICES[case.arch], CELLS[case.variant], case.plan()
+    dtype, lengths = case.dtype, case.lengths
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
-    constants = kernel_constants(kernel, cell, hidden, kernel_plan, lengths, precision, directions=directions)
+    constants = kernel_constants(kernel, cell, case.hidden, kernel_plan, lengths, precision, directions=case.directions)
     if not lengths and "lengths_ptr" in kernel.arg_names:
         constants["lengths_ptr"] = None
     signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
@@ -85,8 +107,9 @@ def compile_kernel(
     options = compile_options(kernel_plan) if persistent else FUSION
     target = GPUTarget(device.backend, device.arch, device.warp_size)
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
-    row = dict(arch=arch, hidden=hidden, batch=batch, dtype=dtype, kernel=kernel_name, variant=variant, lengths=lengths)
-    row |= dict(directions=directions, slices=kernel_plan.slices if persistent else 1)
+    row = case._asdict()
+    del row["pins"]
+    row |= dict(slices=kernel_plan.slices if persistent else 1)
     row |= _resources(compiled, device)
     row |= dict(shared_bytes=compiled.metadata.shared, device_bytes=device.smem_bytes)
     if persistent:
@@ -97,22 +120,6 @@ def compile_kernel(
             for name in ("exchange", "exchanges", "ctas", "block_b", "block_n", "block_k", "num_warps")
         }
     return row
-
-
-def _plan(
-    kernel_name: str,
-    arch: str,
-    hidden: int,
-    batch: int,
-    dtype: str,
-    variant: str,
-    lengths: bool,
-    pins: planning.Pins,
-    directions: int,
-) -> planning.KernelPlan:
-    sizes, recurrent = (hidden, batch, DTYPES[dtype], DEVICES[arch]), CELLS[variant].recurrent
-    plans = planning.plan(*sizes, recurrent=recurrent, directions=directions, pins=pins)
-    return plans.forward if kernel_name == "forward_kernel" else plans.backward
 
 
 def weight_loads_in_loop(ttgir: str) -> int:
@@ -226,28 +233,27 @@ def main() -> int:
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
     )
     pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
-    grid = [(*cell, arguments.lengths, pins, arguments.directions) for cell in grid]
-    print(f"triton {triton.__version__}, {len(grid)} kernels")
+    cases = [Case(*cell, arguments.lengths, arguments.directions, pins) for cell in grid]
+    print(f"triton {triton.__version__}, {len(cases)} kernels")
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
-        same: dict[str, concurrent.futures.Future] = {}
+        texts: dict[tuple, concurrent.futures.Future] = {}
         futures = []
-        for cell in grid:
-            # Batches that one plan serves share a kernel, which is compiled once.
-            kernel_plan = dataclasses.replace(_plan(*cell), tiles=0, tiles_per_launch=0, step_us=0.0)
-            key = repr((cell[:3], cell[4:], kernel_plan))
-            if key not in same:
-                same[key] = pool.submit(compile_kernel, *cell)
-            futures.append((cell, same[key]))
-        print(f"{len(same)} of them differ", flush=True)
-        for cell, future in futures:
+        for case in cases:
+            # What is compiled for one batch serves the others.
+            text = case.text()
+            if text not in texts:
+                texts[text] = pool.submit(compile_kernel, case)
+            futures.append((case, texts[text]))
+        print(f"{len(texts)} of them differ", flush=True)
+        for case, future in futures:
             try:
-                row = future.result() | dict(batch=cell[3])
+                row = future.result() | dict(batch=case.batch)
             except Exception as error:
                 failed += 1
-                print(f"FAILED {cell}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"FAILED {case}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 continue
             rows.append(row)
             print(_line(row), flush=True)
