@@ -26,9 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from novolstm_triton import plan as planning
+from novolstm_triton.cells import CELLS
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.forward import forward_kernel
-from novolstm_triton.launch import CELLS, FUSION, compile_options, kernel_constants
+from novolstm_triton.launch import FUSION, WalkOptions, compile_options, kernel_constants
 
 DEVICES = {
     "sm_80": planning.A100,
@@ -44,6 +45,8 @@ KERNELS = {k.__name__: k for k in (forward_kernel, statistics_kernel, cell_state
 _IN_DTYPE = {
     "x_gates_ptr",
     "weight_hh_ptr",
+    "h_mask_ptr",
+    "h_ptr",
     "h_ring_ptr",
     "y_ptr",
     "z_ptr",
@@ -53,6 +56,7 @@ _IN_DTYPE = {
     "late_ring_ptr",
 }
 _IN_INT32 = {"lengths_ptr", "counter_ptr"}
+_IN_FP32 = {"eps", "zoneout_h", "zoneout_c"}
 _CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
@@ -64,18 +68,15 @@ class Case(NamedTuple):
     hidden: int
     batch: int
     dtype: str
-    variant: str
-    lengths: bool
+    cell: str
+    options: WalkOptions
     directions: int
     pins: planning.Pins
 
     def plan(self) -> planning.KernelPlan:
         """Return how the kernel is launched."""
-        sizes, recurrent = (
-            (self.hidden, self.batch, DTYPES[self.dtype], DEVICES[self.arch]),
-            CELLS[self.variant].recurrent,
-        )
-        plans = planning.plan(*sizes, recurrent=recurrent, directions=self.directions, pins=self.pins)
+        sizes = (self.hidden, self.batch, DTYPES[self.dtype], DEVICES[self.arch])
+        plans = planning.plan(*sizes, cell=self.cell, directions=self.directions, pins=self.pins)
         return plans.forward if self.kernel == "forward_kernel" else plans.backward
 
     def text(self) -> tuple:
@@ -89,12 +90,14 @@ class Case(NamedTuple):
 
 def compile_kernel(case: Case) -> dict:
     """Compile one kernel and return its row of the report."""
-    kernel, device, cell, kernel_plan = KERNELS[case.kernel], DEVICES[case.arch], CELLS[case.variant], case.plan()
-    dtype, lengths = case.dtype, case.lengths
+    kernel, device, kernel_plan, dtype = KERNELS[case.kernel], DEVICES[case.arch], case.plan(), case.dtype
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
-    constants = kernel_constants(kernel, cell, case.hidden, kernel_plan, lengths, precision, directions=case.directions)
-    if not lengths and "lengths_ptr" in kernel.arg_names:
-        constants["lengths_ptr"] = None
+    constants = kernel_constants(
+        kernel, case.cell, case.hidden, kernel_plan, case.options, precision, directions=case.directions
+    )
+    given = dict(lengths_ptr=case.options.lengths, h_mask_ptr=case.options.h_mask)
+    given["kept_ptr"] = case.options.zoneout == "masks"
+    constants |= {name: None for name, there in given.items() if not there and name in kernel.arg_names}
     signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
     if constants.get("EXCHANGE") == "words":
         signature["row_ring_ptr"] = "*i64"
@@ -109,6 +112,7 @@ def compile_kernel(case: Case) -> dict:
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     row = case._asdict()
     del row["pins"]
+    row |= row.pop("options")._asdict()
     row |= dict(slices=kernel_plan.slices if persistent else 1)
     row |= _resources(compiled, device)
     row |= dict(shared_bytes=compiled.metadata.shared, device_bytes=device.smem_bytes)
@@ -173,9 +177,11 @@ def _type(name: str, dtype: str, constants: dict) -> str:
         return "constexpr"
     if name in _IN_INT32:
         return "*i32"
+    if name == "kept_ptr":
+        return "*u8"
     if name.endswith("_ptr"):
         return "*" + (dtype if name in _IN_DTYPE else "fp32")
-    return "fp32" if name == "eps" else "i32"
+    return "fp32" if name in _IN_FP32 else "i32"
 
 
 def _resources(compiled, device: planning.Device) -> dict:
@@ -212,8 +218,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--batch", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--variant", nargs="+", choices=CELLS, default=["formula"])
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=["formula"])
     parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
+    parser.add_argument("--h-mask", action="store_true", help="and with recurrent dropout")
+    parser.add_argument("--zoneout", choices=("none", "masks", "average"), default="none", help="and with zoneout")
     parser.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
     parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
     parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
@@ -230,10 +238,11 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("compile_report: unset TRITON_INTERPRET, which replaces the compilers by the interpreter")
     grid = itertools.product(
-        arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.variant
+        arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.cell
     )
     pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
-    cases = [Case(*cell, arguments.lengths, arguments.directions, pins) for cell in grid]
+    options = WalkOptions(arguments.lengths, arguments.h_mask, arguments.zoneout)
+    cases = [Case(*sizes, options, arguments.directions, pins) for sizes in grid]
     print(f"triton {triton.__version__}, {len(cases)} kernels")
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.
@@ -264,7 +273,7 @@ def main() -> int:
 
 def _line(row: dict) -> str:
     text = (
-        f"{row['arch']:7} {row['dtype']:4} H={row['hidden']:<5} B={row['batch']:<4} {row['kernel']:18} "
+        f"{row['arch']:7} {row['dtype']:4} H={row['hidden']:<5} B={row['batch']:<4} {row['cell']:12} {row['kernel']:18} "
         f"registers {row['registers']:3} spilled {row['spill_bytes']:4} B  shared {row['shared_bytes']:6} B"
     )
     if "resident" in row:

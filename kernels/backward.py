@@ -4,7 +4,25 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_gates, publish_rows, wait
-from .tiles import leave_tensor_core, load_gates, load_resident, load_weight, mirror, widen
+from .gate_norms import (
+    cell_companions,
+    cell_grad_finish,
+    cell_grad_local,
+    cell_merge,
+    cell_partials,
+    cell_update,
+)
+from .tiles import (
+    leave_tensor_core,
+    load_gates,
+    load_kept,
+    load_resident,
+    load_rows,
+    load_weight,
+    mirror,
+    widen,
+    zoneout,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -18,20 +36,21 @@ def statistics_kernel(
     merge: tl.constexpr,
     companions: tl.constexpr,
     GATES: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
-    EXCHANGES: tl.constexpr,
+    COMPANIONS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
     """Compute the cell's row statistics from pre-activations; a program owns BLOCK_R rows (t, b), whole.
 
-    Where backward makes do with one exchange a step, also the companions of its row sums.
+    With COMPANIONS, for one exchange a step in backward, also the companions of its row sums.
 
     Args:
         z_ptr: [rows, GATES·H] pre-activations.
         stats_ptr: [STATS, rows] fp32 output.
-        companion_ptr: [row sums, rows, H] output; not written if EXCHANGES is 2.
+        companion_ptr: [row sums, rows, H] output; not written unless COMPANIONS.
         rows: steps of the chunk times B.
         eps: ε of the layer normalisation.
     """
@@ -42,15 +61,15 @@ def statistics_kernel(
     is_unit = unit < HIDDEN
     place = row[:, None] * (GATES * HIDDEN) + unit
     z = load_gates(z_ptr + row_first * (GATES * HIDDEN), place, inside[:, None] & is_unit, GATES, HIDDEN)
-    own = partials(widen(z), HIDDEN * 1.0, is_unit)
+    own = cell_partials(widen(z), HIDDEN * 1.0, is_unit, partials, GATE_NORMS)
     parts = ()
     for k in tl.static_range(len(own)):
         parts = parts + (own[k][:, None],)
-    stats = merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
+    stats = cell_merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps, merge, GATE_NORMS)
     for k in tl.static_range(STATS):
         tl.store(stats_ptr + k * tl.cast(rows, tl.int64) + row_first + row, stats[k], mask=inside)
-    if EXCHANGES == 1:
-        tiles = companions(widen(z), stats, is_unit, HIDDEN)
+    if COMPANIONS:
+        tiles = cell_companions(widen(z), stats, is_unit, HIDDEN, companions, GATE_NORMS)
         for k in tl.static_range(len(tiles)):
             place = (k * tl.cast(rows, tl.int64) + row_first) * HIDDEN + row[:, None] * HIDDEN + unit
             tl.store(companion_ptr + place, tiles[k], mask=inside[:, None] & is_unit)
@@ -75,6 +94,7 @@ def cell_states_kernel(
     gamma_ptr,
     beta_ptr,
     lengths_ptr,
+    kept_ptr,
     c_ptr,
     batch,
     steps,
@@ -82,23 +102,28 @@ def cell_states_kernel(
     t_step,
     chunk_start,
     total,
+    zoneout_c,
     update: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
+    NORMS: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    ZONEOUT: tl.constexpr,
 ):
     """Walk a chunk's cell states again from its border; a program owns BLOCK_H units of one row b, D·B rows in all.
 
     Args:
         z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
         stats_ptr: [STATS, D, steps, B] fp32 row statistics.
-        gamma_ptr: [D, H] fp32.
-        beta_ptr: [D, H] fp32.
+        gamma_ptr: [D, NORMS·H] fp32.
+        beta_ptr: [D, NORMS·H] fp32.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        kept_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
         c_ptr: [D, steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
         batch: B.
         steps: length of the chunk.
@@ -106,19 +131,22 @@ def cell_states_kernel(
         t_step: direction 0's step in t, 1 or −1.
         chunk_start: lowest t of direction 0's chunk.
         total: T; not looked at unless D is 2.
+        zoneout_c: share of c that a step keeps if ZONEOUT is "average".
     """
     row = tl.program_id(0)
+    direction = 0
     if DIRECTIONS == 2:
         direction = row // batch
         row = row % batch
         t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
-        gamma_ptr += direction * HIDDEN
-        beta_ptr += direction * HIDDEN
+        gamma_ptr += direction * (NORMS * HIDDEN)
+        beta_ptr += direction * (NORMS * HIDDEN)
         c_ptr += tl.cast(direction * (steps + 1), tl.int64) * batch * HIDDEN
-    unit = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit = units[None, :]
     mask = unit < HIDDEN
-    gamma = tl.load(gamma_ptr + unit, mask=mask, other=0.0)
-    beta = tl.load(beta_ptr + unit, mask=mask, other=0.0)
+    gamma = load_rows(gamma_ptr, units, units < HIDDEN, NORMS, HIDDEN)
+    beta = load_rows(beta_ptr, units, units < HIDDEN, NORMS, HIDDEN)
     c = tl.load(c_ptr + tl.cast(row, tl.int64) * HIDDEN + unit, mask=mask, other=0.0)
     stats_size = tl.cast(steps, tl.int64) * (DIRECTIONS * batch)
     if HAS_LENGTHS:
@@ -127,18 +155,24 @@ def cell_states_kernel(
     for first in range(0, steps, UNROLL):
         z = ()
         stats = ()
+        kept = ()
         for k in tl.static_range(UNROLL):
             step = tl.minimum(first + k, steps - 1)
-            z_row = tl.cast(t_first + step * t_step - chunk_start, tl.int64) * batch + row
+            t = t_first + step * t_step
+            z_row = tl.cast(t - chunk_start, tl.int64) * batch + row
             z = z + load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
             stats = stats + load_stats(stats_ptr, z_row + tl.arange(0, 1), stats_size, STATS)
+            kept_place = (row * DIRECTIONS + direction) * HIDDEN + unit
+            kept = kept + (load_kept(kept_ptr, t, batch * DIRECTIONS * HIDDEN, kept_place, mask, ZONEOUT),)
         for k in tl.static_range(UNROLL):
             step = first + k + tl.zeros_like(unit)
             valid = step < steps
             if HAS_LENGTHS:
                 valid = valid & (t_first + step * t_step < length)
             step_z = widen(z[k * GATES : (k + 1) * GATES])
-            _, c_new = update(step_z, stats[k * STATS : (k + 1) * STATS], c, gamma, beta)
+            step_stats = stats[k * STATS : (k + 1) * STATS]
+            _, c_new = cell_update(step_z, step_stats, c, gamma, beta, update, GATE_NORMS)
+            c_new = zoneout(c_new, c, kept[k], 2, zoneout_c, ZONEOUT)
             c = tl.where(valid, c_new, c)
             place = (tl.cast(first + k + 1, tl.int64) * batch + row) * HIDDEN + unit
             tl.store(c_ptr + place, c, mask=mask & (step < steps))
@@ -151,6 +185,31 @@ def zero_unless(valid, dz):
     for k in tl.static_range(len(dz)):
         kept = kept + (tl.where(valid, dz[k], 0.0),)
     return kept
+
+
+@triton.jit
+def load_sums(ptr, place, stride, mask, COUNT: tl.constexpr):
+    """Load COUNT tiles, `stride` apart, as a tuple."""
+    sums = ()
+    for k in tl.static_range(COUNT):
+        sums = sums + (tl.load(ptr + k * stride + place, mask=mask, other=0.0),)
+    return sums
+
+
+@triton.jit
+def store_sums(ptr, place, stride, sums, mask):
+    """Store a tuple of tiles where `load_sums` finds them."""
+    for k in tl.static_range(len(sums)):
+        tl.store(ptr + k * stride + place, sums[k], mask=mask)
+
+
+@triton.jit
+def add_tiles(a, b):
+    """Add two tuples of tiles."""
+    total = ()
+    for k in tl.static_range(len(a)):
+        total = total + (a[k] + b[k],)
+    return total
 
 
 @triton.jit
@@ -241,6 +300,8 @@ def backward_kernel(
     gamma_ptr,
     beta_ptr,
     lengths_ptr,
+    h_mask_ptr,
+    kept_ptr,
     c_ptr,
     dy_ptr,
     companion_ptr,
@@ -262,6 +323,9 @@ def backward_kernel(
     late_slots,
     tile_first,
     eps,
+    zoneout_h,
+    zoneout_c,
+    update: tl.constexpr,
     grad_local: tl.constexpr,
     grad_finish: tl.constexpr,
     EARLY: tl.constexpr,
@@ -269,6 +333,8 @@ def backward_kernel(
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
+    NORMS: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SLICES: tl.constexpr,
@@ -279,38 +345,43 @@ def backward_kernel(
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
-    EXCHANGES: tl.constexpr,
+    COMPANIONS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
     On chip for all steps: the columns of the recurrent weights that lead to the slice's units (RESIDENT), dh, dc and
-    the sums of dγ and dβ, in fp32. Per step it exchanges with the tile's other slices, if EXCHANGES is 2, dz of the
-    early gates and the backward row sums, then dz of the late gates. If it is 1, all that at once, dz of the late gates
-    as if the sums were zero: it is linear in them, so what they take from dh comes from the companions' products.
+    the sums of dγ and dβ, in fp32. Per step it exchanges with the tile's other slices dz of the early gates and the
+    backward row sums, then dz of the late gates. With COMPANIONS, all that at once, dz of the late gates as if the sums
+    were zero: it is linear in them, so what they take from dh comes from the companions' products. A cell without sums
+    exchanges dz, once.
     D directions of a layer run side by side, as in `forward_kernel`.
 
     Args:
         z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
         stats_ptr: [STATS, D, steps, B] fp32 row statistics, in the order of t.
         weight_hh_ptr: [D, RECURRENT·H, H].
-        gamma_ptr: [D, H] fp32, gate gain folded in.
-        beta_ptr: [D, H] fp32, likewise.
+        gamma_ptr: [D, NORMS·H] fp32, gate gain folded in.
+        beta_ptr: [D, NORMS·H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        h_mask_ptr: [D, B, H] factor on h wherever it met weight_hh; not read unless HAS_MASK.
+        kept_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
         c_ptr: [D, steps + 1, B, H] fp32 cell states, in the order of the walk forward.
         dy_ptr: [T, B, D·H] gradient of the output.
-        companion_ptr: [S, D, steps, B, H], the companions times their gates' weights, in the order of t; not read if
-            EXCHANGES is 2.
+        companion_ptr: [S, D, steps, B, H], the companions times their gates' weights, in the order of t; not read
+            unless COMPANIONS.
         row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
-        late_ring_ptr: [D, late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched if
-            EXCHANGES is 2.
+        late_ring_ptr: [D, late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched
+            unless COMPANIONS.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
         dz_ptr: [D, steps, B, GATES·H] output, in the order of t.
         dh_ptr: [D, B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
         dc_ptr: [D, B, H] fp32, likewise of c.
-        dgamma_ptr: [D, B, H] fp32; this chunk's share is added, row by row.
-        dbeta_ptr: [D, B, H] fp32; likewise.
+        dgamma_ptr: [NORMS, D, B, H] fp32; this chunk's share is added, row by row.
+        dbeta_ptr: [NORMS, D, B, H] fp32; likewise.
         batch: B.
         steps: length of the chunk.
         t_last: t of the step that direction 0's forward walk took last.
@@ -320,7 +391,9 @@ def backward_kernel(
         step_base: steps walked back before this launch.
         late_slots: slots of late_ring.
         tile_first: first batch tile of this launch.
-        eps: ε of the layer normalisation.
+        eps: ε of the layer normalisations.
+        zoneout_h: share of h that a step kept if ZONEOUT is "average".
+        zoneout_c: likewise, of c.
     """
     slice = tl.program_id(0)
     counter = counter_ptr + tl.program_id(1)
@@ -334,8 +407,8 @@ def backward_kernel(
         tile = tile % tiles
         t_last, t_step, chunk_start = mirror(direction, t_last, t_step, chunk_start, steps, total)
         weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
-        gamma_ptr += direction * HIDDEN
-        beta_ptr += direction * HIDDEN
+        gamma_ptr += direction * (NORMS * HIDDEN)
+        beta_ptr += direction * (NORMS * HIDDEN)
     # Pointers would each take two registers: what the loop uses is offset through its indices.
     c_first = direction * (steps + 1)
     slot_first = direction * late_slots
@@ -353,8 +426,8 @@ def backward_kernel(
     if RESIDENT:
         weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, False)
 
-    gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
-    beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
+    beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
     ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
     state_place = direction * size + tile_place
@@ -365,10 +438,12 @@ def backward_kernel(
     late_place = row[:, None] * (LATE_GATES * HIDDEN) + unit[None, :]
     dh = tl.load(dh_ptr + state_place + place, mask=mask, other=0.0)
     dc = tl.load(dc_ptr + state_place + place, mask=mask, other=0.0)
-    dgamma = tl.load(dgamma_ptr + state_place + place, mask=mask, other=0.0)
-    dbeta = tl.load(dbeta_ptr + state_place + place, mask=mask, other=0.0)
+    dgamma = load_sums(dgamma_ptr + state_place, place, size * DIRECTIONS, mask, NORMS)
+    dbeta = load_sums(dbeta_ptr + state_place, place, size * DIRECTIONS, mask, NORMS)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
+    if HAS_MASK:
+        h_mask = tl.load(h_mask_ptr + state_place + place, mask=mask, other=0.0)
 
     t = t_last
     c = tl.load(c_ptr + (c_first + steps) * size + tile_place + place, mask=mask, other=0.0)
@@ -378,6 +453,7 @@ def backward_kernel(
     z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
     stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
     c_prev = tl.load(c_ptr + (c_first + steps - 1) * size + tile_place + place, mask=mask, other=0.0)
+    kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
     dy_ptr += tile_place * DIRECTIONS
     dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * y_size + y_place, mask=mask, other=0.0)
     t_after = t_last - tl.minimum(1, steps - 1) * t_step
@@ -389,40 +465,52 @@ def backward_kernel(
             valid = (t < length)[:, None]
             dy_step = tl.where(valid, dy_step, 0.0)
         dh += dy_step
-        own, early, pending, dc_prev, dgamma_step, dbeta_step = grad_local(
-            widen(z), stats, c, c_prev, dh, dc, gamma, beta, is_unit[None, :]
+        dh_new = dh
+        dc_new = dc
+        if ZONEOUT != "none":
+            # The cell's own c, of which the walk forward kept a part, and its share of the gradients.
+            _, c = cell_update(widen(z), stats, c_prev, gamma, beta, update, GATE_NORMS)
+            dh_new = zoneout(dh, 0.0, kept, 1, zoneout_h, ZONEOUT)
+            dc_new = zoneout(dc, 0.0, kept, 2, zoneout_c, ZONEOUT)
+            dh_kept = zoneout(0.0, dh, kept, 1, zoneout_h, ZONEOUT)
+            dc_kept = zoneout(0.0, dc, kept, 2, zoneout_c, ZONEOUT)
+        own, early, pending, dc_prev, dgamma_step, dbeta_step = cell_grad_local(
+            *(widen(z), stats, c, c_prev, dh_new, dc_new, gamma, beta, is_unit[None, :], grad_local, GATE_NORMS)
         )
+        if ZONEOUT != "none":
+            dc_prev += dc_kept
         if HAS_LENGTHS:
             early = zero_unless(valid, early)
             dc_prev = tl.where(valid, dc_prev, dc)
-            dgamma_step = tl.where(valid, dgamma_step, 0.0)
-            dbeta_step = tl.where(valid, dbeta_step, 0.0)
-        dgamma += dgamma_step
-        dbeta += dbeta_step
+            dgamma_step = zero_unless(valid, dgamma_step)
+            dbeta_step = zero_unless(valid, dbeta_step)
+        dgamma = add_tiles(dgamma, dgamma_step)
+        dbeta = add_tiles(dbeta, dbeta_step)
         # Published with the sums, so that their products can run while the late gates' dz is on its way.
         publish_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN, EXCHANGE)
         row_step = step_base + step
-        if EXCHANGES == 1:
+        if COMPANIONS:
             no_sums = ()
             for k in tl.static_range(len(own)):
                 no_sums = no_sums + (tl.zeros_like(own[k]),)
-            unsummed = grad_finish(pending, stats, no_sums, HIDDEN, eps)
+            unsummed = cell_grad_finish(pending, stats, no_sums, HIDDEN, eps, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 unsummed = zero_unless(valid, unsummed)
             late_tile_ptr = late_ring_ptr + ((slot_first + step % late_slots) * size + tile_place) * LATE_GATES
             for k in tl.static_range(LATE_GATES):
                 publish(late_tile_ptr + k * HIDDEN + late_place, unsummed[k], mask, EXCHANGE)
-        if SLICES > 1:
+        HAS_SUMS: tl.constexpr = len(own) > 0
+        if SLICES > 1 and HAS_SUMS:
             publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
-        if EXCHANGES == 2:
-            if SLICES > 1:
+        if not COMPANIONS:
+            if SLICES > 1 and HAS_SUMS:
                 wait(counter, arrivals, EXCHANGE)
             parts = collect_rows(
                 row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
             )
-            late = grad_finish(pending, stats, add_slices(parts), HIDDEN, eps)
+            late = cell_grad_finish(pending, stats, add_slices(parts), HIDDEN, eps, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 late = zero_unless(valid, late)
             publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
@@ -439,10 +527,11 @@ def backward_kernel(
         c = c_prev
         c_place = tl.cast(c_first + tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
+        kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        if EXCHANGES == 1:
+        if COMPANIONS:
             companion_size = steps * size * DIRECTIONS
             companions = ()
             for k in tl.static_range(len(own)):
@@ -463,7 +552,7 @@ def backward_kernel(
                 row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
             )
             sums = add_slices(parts)
-            late = grad_finish(pending, step_stats, sums, HIDDEN, eps)
+            late = cell_grad_finish(pending, step_stats, sums, HIDDEN, eps, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 late = zero_unless(valid, late)
             # Nobody waits for these.
@@ -481,18 +570,25 @@ def backward_kernel(
                 for k in tl.static_range(len(LATE)):
                     dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
             else:
+                if not HAS_SUMS:
+                    wait(counter, arrivals, EXCHANGE)
                 for k in tl.static_range(len(EARLY)):
                     dh_prev = multiply_exchanged(
                         *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
                         *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                     )
-                wait(counter, arrivals, EXCHANGE)
+                if HAS_SUMS:
+                    wait(counter, arrivals, EXCHANGE)
                 for k in tl.static_range(len(LATE)):
                     dh_prev = multiply_exchanged(
                         *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
                         *(LATE[k], LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
                     )
             dh_prev = leave_tensor_core(dh_prev)
+        if HAS_MASK:
+            dh_prev *= h_mask.to(tl.float32)
+        if ZONEOUT != "none":
+            dh_prev += dh_kept
         if HAS_LENGTHS:
             dh = tl.where(valid, dh_prev, dh)
         else:
@@ -506,5 +602,5 @@ def backward_kernel(
 
     tl.store(dh_ptr + state_place + place, dh, mask=mask)
     tl.store(dc_ptr + state_place + place, dc, mask=mask)
-    tl.store(dgamma_ptr + state_place + place, dgamma, mask=mask)
-    tl.store(dbeta_ptr + state_place + place, dbeta, mask=mask)
+    store_sums(dgamma_ptr + state_place, place, size * DIRECTIONS, dgamma, mask)
+    store_sums(dbeta_ptr + state_place, place, size * DIRECTIONS, dbeta, mask)

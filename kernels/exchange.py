@@ -94,15 +94,31 @@ def await_blocks(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr,
 
 @triton.jit
 def stack(values):
-    """Return one to four rows [R] as the first columns of a tile [R, 1, 2 or 4]."""
+    """Return one to sixteen rows [R] as the first columns of a tile [R, 1, 2, 4 or 16]."""
+    LAST: tl.constexpr = len(values) - 1
     if len(values) == 1:
         tile = values[0][:, None]
     elif len(values) == 2:
         tile = tl.join(values[0], values[1])
+    elif len(values) <= 4:
+        tile = stack_four(values[0], values[1], values[2], values[LAST])
     else:
-        pairs = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[-1]))
-        tile = tl.reshape(pairs, (values[0].shape[0], 4))
+        fours = ()
+        for k in tl.static_range(4):
+            # Beyond the last value, whatever: its columns are not stored.
+            second = values[k + 4 if k + 4 < LAST else LAST]
+            third = values[k + 8 if k + 8 < LAST else LAST]
+            fourth = values[k + 12 if k + 12 < LAST else LAST]
+            fours = fours + (stack_four(values[k], second, third, fourth),)
+        tile = stack_four(fours[0], fours[1], fours[2], fours[3])
     return tile
+
+
+@triton.jit
+def stack_four(a, b, c, d):
+    """Return four tiles [R, ...] as one [R, N], element by element: the first of each, then the second of each."""
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(pairs, (a.shape[0], 4 if len(a.shape) == 1 else 16))
 
 
 @triton.jit

@@ -4,15 +4,19 @@ import triton
 import triton.language as tl
 
 from .exchange import arrive, await_blocks, collect_rows, load_block, publish, publish_rows, wait
+from .gate_norms import cell_merge, cell_partials, cell_update
 from .tiles import (
     add_inputs,
     add_products,
     load_gates,
+    load_kept,
     load_resident,
+    load_rows,
     load_weights,
     mirror,
     units_per_slice,
     zero_products,
+    zoneout,
 )
 
 
@@ -30,7 +34,7 @@ from .tiles import (
         "h_slots",
         "tile_first",
     ],
-    do_not_specialize_on_alignment=["lengths_ptr", "c_in_ptr", "counter_ptr", "c_out_ptr"],
+    do_not_specialize_on_alignment=["lengths_ptr", "h_ptr", "c_in_ptr", "counter_ptr", "c_out_ptr"],
 )
 def forward_kernel(
     x_gates_ptr,
@@ -38,6 +42,9 @@ def forward_kernel(
     gamma_ptr,
     beta_ptr,
     lengths_ptr,
+    h_mask_ptr,
+    kept_ptr,
+    h_ptr,
     c_in_ptr,
     h_ring_ptr,
     row_ring_ptr,
@@ -55,12 +62,16 @@ def forward_kernel(
     h_slots,
     tile_first,
     eps,
+    zoneout_h,
+    zoneout_c,
     partials: tl.constexpr,
     merge: tl.constexpr,
     update: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
+    NORMS: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SLICES: tl.constexpr,
     UNITS: tl.constexpr,
@@ -71,6 +82,8 @@ def forward_kernel(
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Walk `steps` time steps; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
@@ -79,16 +92,21 @@ def forward_kernel(
     walks T − 1 − t where direction 0 walks t.
 
     On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
-    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, then h, with the tile's other slices.
+    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, if it has any, then h, with the tile's
+    other slices.
 
     Args:
         x_gates_ptr: [D, steps, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
         weight_hh_ptr: [D, RECURRENT·H, H].
-        gamma_ptr: [D, H] fp32, gate gain folded in.
-        beta_ptr: [D, H] fp32, likewise.
+        gamma_ptr: [D, NORMS·H] fp32, gate gain folded in.
+        beta_ptr: [D, NORMS·H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
+        h_mask_ptr: [D, B, H] factor on h wherever it meets weight_hh; not read unless HAS_MASK.
+        kept_ptr: [T, B, D·H] uint8, bit 0: h keeps its value in a step, bit 1: c does; read if ZONEOUT is "masks".
+        h_ptr: [D, B, H] h before the first step, without the mask; after the last step afterwards.
         c_in_ptr: [D, B, H] fp32, c before the first step.
-        h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch lies in slot (h_first + n) % h_slots.
+        h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch, with the mask, lies in slot
+            (h_first + n) % h_slots.
         row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S row statistics; see exchange.py.
         counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
         y_ptr: [T, B, D·H] output, zero beyond a row's length.
@@ -103,7 +121,9 @@ def forward_kernel(
         h_first: slot of h_ring that holds the first h.
         h_slots: slots of h_ring.
         tile_first: first batch tile of this launch.
-        eps: ε of the layer normalisation.
+        eps: ε of the layer normalisations.
+        zoneout_h: share of h that a step keeps if ZONEOUT is "average".
+        zoneout_c: likewise, of c.
     """
     slice = tl.program_id(0)
     counter = counter_ptr + tl.program_id(1)
@@ -117,8 +137,8 @@ def forward_kernel(
         tile = tile % tiles
         t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
         weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
-        gamma_ptr += direction * HIDDEN
-        beta_ptr += direction * HIDDEN
+        gamma_ptr += direction * (NORMS * HIDDEN)
+        beta_ptr += direction * (NORMS * HIDDEN)
     # Pointers would each take two registers: what the loop uses is offset through its indices.
     slot_first = direction * h_slots
     row_first = tile * BLOCK_B
@@ -136,8 +156,8 @@ def forward_kernel(
     if RESIDENT:
         weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, True)
 
-    gamma = tl.load(gamma_ptr + unit, mask=is_unit, other=0.0)[None, :]
-    beta = tl.load(beta_ptr + unit, mask=is_unit, other=0.0)[None, :]
+    gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
+    beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
     ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
     state_place = direction * size + tile_place
@@ -145,20 +165,26 @@ def forward_kernel(
     y_place = row[:, None] * (DIRECTIONS * HIDDEN) + (direction * HIDDEN + unit)[None, :]
     gate_place = row[:, None] * (GATES * HIDDEN) + unit[None, :]
     c = tl.load(c_in_ptr + state_place + place, mask=mask, other=0.0)
-    h = tl.load(h_ring_ptr + (slot_first + h_first) * size + tile_place + place, mask=mask, other=0.0)
+    h = tl.load(h_ptr + state_place + place, mask=mask, other=0.0)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
+    if HAS_MASK:
+        h_mask = tl.load(h_mask_ptr + state_place + place, mask=mask, other=0.0)
 
     t = t_first
     step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
     x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+    kept = load_kept(kept_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
     arrivals = 0
     for step in range(steps):
         h_tile_ptr = h_ring_ptr + (slot_first + (h_first + step) % h_slots) * size + tile_place
         # z_k = x_k + h U_kᵀ
         products = zero_products(RECURRENT, BLOCK_B, BLOCK_N)
         if LOCAL:
-            products = add_products(products, h, weights, PRECISION)
+            if HAS_MASK:
+                products = add_products(products, (h * h_mask).to(h.dtype), weights, PRECISION)
+            else:
+                products = add_products(products, h, weights, PRECISION)
         elif RESIDENT:
             if EXCHANGE == "words":
                 h_blocks = await_blocks(h_tile_ptr, row, in_batch, HIDDEN, HIDDEN, BLOCK_K)
@@ -176,8 +202,8 @@ def forward_kernel(
                 products = add_products(products, h_block, streamed, PRECISION)
 
         z = add_inputs(products, x_gates)
-        own = partials(z, count, is_unit[None, :])
-        if SLICES > 1:
+        own = cell_partials(z, count, is_unit[None, :], partials, GATE_NORMS)
+        if SLICES > 1 and len(own) > 0:
             row_step = step_base + step
             publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
             arrive(counter, EXCHANGE)
@@ -187,9 +213,10 @@ def forward_kernel(
             *(row_ring_ptr, own, ring_row, in_batch, step_base + step, DIRECTIONS * batch),
             *(SLICES, BLOCK_S, EXCHANGE),
         )
-        stats = merge(parts, counts, HIDDEN, eps)
-        h_new, c_new = update(z, stats, c, gamma, beta)
-        h_new = h_new.to(h.dtype)
+        stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
+        h_new, c_new = cell_update(z, stats, c, gamma, beta, update, GATE_NORMS)
+        h_new = zoneout(h_new, h.to(tl.float32), kept, 1, zoneout_h, ZONEOUT).to(h.dtype)
+        c_new = zoneout(c_new, c, kept, 2, zoneout_c, ZONEOUT)
         if LOCAL and HIDDEN != BLOCK_N:
             # Padding columns meet zero weights, and only a finite value times zero is zero.
             h_new = tl.where(is_unit[None, :], h_new, 0.0)
@@ -203,7 +230,10 @@ def forward_kernel(
             c = c_new
         if not LOCAL:
             h_next_ptr = h_ring_ptr + (slot_first + (h_first + step + 1) % h_slots) * size + tile_place
-            publish(h_next_ptr + place, h, mask, EXCHANGE)
+            if HAS_MASK:
+                publish(h_next_ptr + place, h * h_mask, mask, EXCHANGE)
+            else:
+                publish(h_next_ptr + place, h, mask, EXCHANGE)
             arrive(counter, EXCHANGE)
             arrivals += SLICES
         # What nobody waits for comes after the arrival: the output, and the next step's input.
@@ -213,10 +243,9 @@ def forward_kernel(
         t = t_first + tl.minimum(step + 1, steps - 1) * t_step
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
         x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
+        kept = load_kept(kept_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
         if not LOCAL:
             wait(counter, arrivals, EXCHANGE)
 
     tl.store(c_out_ptr + state_place + place, c, mask=mask)
-    if LOCAL:
-        h_last_ptr = h_ring_ptr + (slot_first + (h_first + steps) % h_slots) * size + tile_place
-        tl.store(h_last_ptr + place, h, mask=mask)
+    tl.store(h_ptr + state_place + place, h, mask=mask)

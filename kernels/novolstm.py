@@ -1,25 +1,14 @@
-"""The NovoLSTM cell: what one step computes from its pre-activations, forward and backward.
+"""The cells of NovoLSTM, both variants: what one step computes from its pre-activations, forward and backward.
 
-A cell is a set of pure functions on tiles that the persistent kernels call; they know nothing of slices, steps or
-memory. z is a tuple of fp32 tiles [R, N], one per gate in the order i|f|g|o|p; statistics are tuples of rows [R] over
-all H units; gamma and beta are [1, N], with the gate gain folded in. README.md derives the equations.
-
-    partials(z, count, mask)          -> row sums over this slice's units
-    merge(parts, count, total, eps)   -> statistics, from the parts [R, S] of all S slices
-    update(z, stats, c, gamma, beta)  -> h, c
-    grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask)
-                                      -> row sums, dz of the early gates, pending, dc_prev, dγ's and dβ's shares
-    grad_finish(pending, stats, sums, total, eps)
-                                      -> dz of the late gates, those that need the sums over all slices
-    companions(z, stats, mask, total) -> one tile per row sum: what a late gate's dz loses per unit of that sum
+`cell.py` says what the functions of a cell are given and return; README.md derives the equations. Gates i|f|g|o|p;
+the gate gain is folded into gamma and beta.
 """
-
-import dataclasses
-from typing import Any
 
 import triton
 import triton.language as tl
 
+from .cell import CellKernels
+from .lstm import grad_of_state
 from .math import mean_and_m2, mean_m2_and_logsumexp, merge_logsumexp, merge_mean_and_m2, row_sums, tanh
 
 
@@ -40,24 +29,10 @@ def formula_merge(parts, count, total, eps):
 def formula_update(z, stats, c, gamma, beta):
     """i = (γ·x̂ + β)·p,  c = f·c + i·g,  h = o·tanh(c), with x̂ = (σ(z_i) − mean)·rstd and p = softmax(z_p)."""
     mean, rstd, lse = stats
-    n = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None] * gamma + beta
+    n = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None] * gamma[0] + beta[0]
     p = tl.exp(z[4] - lse[:, None])
     c = tl.sigmoid(z[1]) * c + n * p * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
-
-
-@triton.jit
-def grad_of_state(z, i, c, c_prev, dh, dc):
-    """Differentiate c = f·c_prev + i·g and h = o·tanh(c): return dz of f|g|o, dc of the step before, and di."""
-    f = tl.sigmoid(z[1])
-    g = tanh(z[2])
-    o = tl.sigmoid(z[3])
-    tanh_c = tanh(c)
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
-    dz_f = dc * c_prev * f * (1.0 - f)
-    dz_g = dc * i * (1.0 - g * g)
-    dz_o = dh * tanh_c * o * (1.0 - o)
-    return (dz_f, dz_g, dz_o), dc * f, dc * g
 
 
 @triton.jit
@@ -66,15 +41,15 @@ def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     mean, rstd, lse = stats
     s = tl.sigmoid(z[0])
     xhat = (s - mean[:, None]) * rstd[:, None]
-    n = gamma * xhat + beta
+    n = gamma[0] * xhat + beta[0]
     p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
     dz, dc_prev, di = grad_of_state(z, n * p, c, c_prev, dh, dc)
     dn = di * p
-    dxhat = gamma * dn
+    dxhat = gamma[0] * dn
     dp_p = dn * n
     sums = row_sums((dp_p, dxhat, dxhat * xhat))
     pending = (rstd[:, None] * s * (1.0 - s), xhat, dxhat, p, dp_p)
-    return sums, dz, pending, dc_prev, dn * xhat, dn
+    return sums, dz, pending, dc_prev, (dn * xhat,), (dn,)
 
 
 @triton.jit
@@ -113,7 +88,7 @@ def notebook_merge(parts, count, total, eps):
 def notebook_update(z, stats, c, gamma, beta):
     """i = γ·q̂ + β,  c = f·c + i·g,  h = o·tanh(c), with q̂ = (σ(z_i)·p − mean)·rstd."""
     mean, rstd = stats
-    i = (tl.sigmoid(z[0]) * z[4] - mean[:, None]) * rstd[:, None] * gamma + beta
+    i = (tl.sigmoid(z[0]) * z[4] - mean[:, None]) * rstd[:, None] * gamma[0] + beta[0]
     c = tl.sigmoid(z[1]) * c + i * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
 
@@ -125,10 +100,10 @@ def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     s = tl.sigmoid(z[0])
     p = z[4]
     qhat = tl.where(mask, (s * p - mean[:, None]) * rstd[:, None], 0.0)
-    dz, dc_prev, di = grad_of_state(z, gamma * qhat + beta, c, c_prev, dh, dc)
-    dqhat = gamma * di
+    dz, dc_prev, di = grad_of_state(z, gamma[0] * qhat + beta[0], c, c_prev, dh, dc)
+    dqhat = gamma[0] * di
     sums = row_sums((dqhat, dqhat * qhat))
-    return sums, dz, (s, p, qhat, dqhat), dc_prev, di * qhat, di
+    return sums, dz, (s, p, qhat, dqhat), dc_prev, (di * qhat,), (di,)
 
 
 @triton.jit
@@ -151,39 +126,7 @@ def notebook_companions(z, stats, mask, total):
     return w, w * (s * z[4] - mean[:, None]) * rstd[:, None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """What the launcher and the persistent kernels need to know of a cell."""
-
-    gates: int
-    """Gate blocks in weight_ih and bias."""
-    recurrent: int
-    """How many of them, from the first, have a recurrent weight."""
-    partials: Any
-    merge: Any
-    update: Any
-    grad_local: Any
-    grad_finish: Any
-    companions: Any
-    partial_rows: int
-    """Row sums that `partials` returns: what a forward step exchanges, besides h."""
-    stats: int
-    """Row statistics that `merge` returns."""
-    grad_rows: int
-    """Row sums that `grad_local` returns: what a backward step exchanges, besides dz."""
-    early: tuple[int, ...]
-    """Gates whose dz needs no sum over other slices, in the order `grad_local` returns them."""
-    late: tuple[int, ...]
-    """The other gates, in the order `grad_finish` returns them."""
-    companion_gates: tuple[int, ...]
-    """The late gate with a recurrent weight that each row sum, in order, takes its companion from."""
-    softmax_gate: int | None = None
-    """A gate without recurrent weight that is passed through a softmax over the units before the recurrence."""
-
-
-FORMULA = Cell(
-    gates=5,
-    recurrent=5,
+FORMULA = CellKernels(
     partials=formula_partials,
     merge=formula_merge,
     update=formula_update,
@@ -198,9 +141,7 @@ FORMULA = Cell(
     companion_gates=(4, 0, 0),
 )
 
-NOTEBOOK = Cell(
-    gates=5,
-    recurrent=4,
+NOTEBOOK = CellKernels(
     partials=notebook_partials,
     merge=notebook_merge,
     update=notebook_update,

@@ -36,6 +36,35 @@ def load_gates(z_ptr, place, mask, GATES: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ptr, unit, is_unit, COUNT: tl.constexpr, HIDDEN: tl.constexpr):
+    """Load one row [1, N] per block of a vector [COUNT·H], as a tuple."""
+    rows = ()
+    for k in tl.static_range(COUNT):
+        rows = rows + (tl.load(ptr + k * HIDDEN + unit, mask=is_unit, other=0.0)[None, :],)
+    return rows
+
+
+@triton.jit
+def load_kept(kept_ptr, t, step_size, place, mask, ZONEOUT: tl.constexpr):
+    """Load the tile of step t of zoneout's masks [T, ...], steps `step_size` apart; 0 if there are none."""
+    if ZONEOUT == "masks":
+        kept = tl.load(kept_ptr + tl.cast(t, tl.int64) * step_size + place, mask=mask, other=0)
+    else:
+        kept = 0
+    return kept
+
+
+@triton.jit
+def zoneout(new, old, kept, bit: tl.constexpr, probability, ZONEOUT: tl.constexpr):
+    """Return `new`, or `old` where zoneout keeps it: by a bit of the tile `kept` ("masks") or on average ("average")."""
+    if ZONEOUT == "masks":
+        new = tl.where((kept & bit) != 0, old, new)
+    elif ZONEOUT == "average":
+        new = probability * old + (1.0 - probability) * new
+    return new
+
+
+@triton.jit
 def widen(z):
     """Convert tiles to fp32: as late as they are needed, because converting waits for the load."""
     wide = ()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from novolstm_triton import environment, measure, plan, problems, tuned
+from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import check_triton, explain_backend, state_dtype
 from novolstm_triton.isolated import CallError, Isolated
 from novolstm_triton.plan import Device, KernelPlan
 from novolstm_triton.problems import RESULTS, Problem, excess
-from novolstm_triton.reference import RECURRENT_GATES
 from novolstm_triton.text import UsageError
 
 DTYPES = {**tuned.DTYPES, "fp64": torch.float64}
@@ -34,7 +34,7 @@ class Shape:
     batch: int = 16
     steps: int = 128
     dtype: str = "bf16"
-    variant: str = "formula"
+    cell: str = "formula"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -45,13 +45,13 @@ class Shape:
         for name in ("hidden", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name}: expected at least 1, got {getattr(self, name)}")
-        for name, known in (("dtype", DTYPES), ("variant", RECURRENT_GATES)):
+        for name, known in (("dtype", DTYPES), ("cell", CELLS)):
             if getattr(self, name) not in known:
                 raise UsageError(f"--{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     def __str__(self) -> str:
         """Return the shape as one phrase."""
-        return f"H={self.hidden} B={self.batch} T={self.steps} {self.dtype}, variant {self.variant}"
+        return f"H={self.hidden} B={self.batch} T={self.steps} {self.dtype}, cell {self.cell}"
 
 
 def doctor(shape: Shape, device: str = "auto", say: Callable[[str], None] = print) -> int:
@@ -215,18 +215,18 @@ class _Report:
         return True
 
     def _kernel_plans(self, device: Device) -> bool:
-        shape, recurrent = self._shape, RECURRENT_GATES[self._shape.variant]
+        shape, cell = self._shape, self._shape.cell
         sizes = (shape.hidden, shape.batch, self._dtype, device)
         try:
             files = tuned.in_force()
-            both = plan.plan(*sizes, recurrent=recurrent, plans=files)
+            both = plan.plan(*sizes, cell=cell, plans=files)
         except ValueError as error:
             self._problem(f"{error}: take backend='torch', or other sizes")
             return False
         for direction in ("forward", "backward"):
             kernel_plan: KernelPlan = getattr(both, direction)
             backward = direction == "backward"
-            found = files.find(*sizes, recurrent=recurrent, backward=backward)
+            found = files.find(*sizes, cell=cell, backward=backward)
             choices = tuned.choices_of(kernel_plan)
             self._line(direction, " ".join(f"{name}={value}" for name, value in choices.items()))
             if found is not None and choices == choices | found[1].choices:
@@ -238,7 +238,7 @@ class _Report:
                 why = "no tuned plan for this layer on this device"
                 chosen = f"by the model, {kernel_plan.step_us:.2f} µs a step: to rank plans, not to quote; {why}"
             self._line("  chosen", chosen)
-            self._line("  weights", self._residence(kernel_plan, sizes, recurrent, backward))
+            self._line("  weights", self._residence(kernel_plan, sizes, cell, backward))
             used = f"at most {kernel_plan.smem_bytes:,} of {device.smem_bytes:,} bytes"
             self._line("  shared memory", used)
             launches = -(-kernel_plan.tiles // kernel_plan.tiles_per_launch)
@@ -246,12 +246,12 @@ class _Report:
             self._line("  launches", f"{launches} per chunk, of {programs} programs")
         return True
 
-    def _residence(self, kernel_plan: KernelPlan, sizes: Any, recurrent: int, backward: bool) -> str:
+    def _residence(self, kernel_plan: KernelPlan, sizes: Any, cell: str, backward: bool) -> str:
         if kernel_plan.resident:
             return "stay in shared memory for all steps of a chunk"
         pins = dataclasses.replace(plan.pinned(), resident=True)
         try:
-            plan.candidates(*sizes, recurrent=recurrent, backward=backward, pins=pins)
+            plan.candidates(*sizes, cell=cell, backward=backward, pins=pins)
         except ValueError:
             return "stream from L2 in every step: no plan holds them in shared memory"
         return "stream from L2 in every step: by choice, shared memory could hold them"
@@ -312,6 +312,6 @@ class _Report:
 
 def _cases(shape: Shape, where: str) -> Iterator[Problem]:
     """Yield both variants with ragged sizes, lengths and both directions, then the layer itself, cut short."""
-    yield Problem(12, 5, 37, lengths=True, variant="formula", device=where)
-    yield Problem(12, 5, 37, lengths=True, variant="notebook", reverse=True, device=where)
-    yield Problem(4, min(shape.batch, 64), min(shape.hidden, 1024), variant=shape.variant, device=where)
+    yield Problem(12, 5, 37, lengths=True, cell="formula", device=where)
+    yield Problem(12, 5, 37, lengths=True, cell="notebook", reverse=True, device=where)
+    yield Problem(4, min(shape.batch, 64), min(shape.hidden, 1024), cell=shape.cell, device=where)

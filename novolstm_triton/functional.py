@@ -1,6 +1,7 @@
-"""The functional layer: validation, choice of backend, the two custom operators and their fakes, the autograd function.
+"""The functional layers: validation, choice of backend, the two custom operators with their fakes and derivatives.
 
 Every backend answers the same question with the same arguments; see `reference.py` for the equations and glossary.
+The operators are opaque to torch.compile and torch.export, and are registered with autograd and vmap themselves.
 """
 
 import contextlib
@@ -8,14 +9,15 @@ import contextvars
 import importlib
 import math
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from novolstm_triton import reference
-from novolstm_triton.plan import chunk_steps, constant_in_graphs, in_force, pinned
+from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.plan import Pins, chunk_steps, constant_in_graphs, in_force, pinned
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 """What `backend=` accepts: see `novolstm`."""
@@ -26,6 +28,9 @@ _backend_in_use: contextvars.ContextVar[str | None] = contextvars.ContextVar("no
 _IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.launch"}
 
 _GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
+
+_TENSORS = len(_GRADIENTS) + 3
+"""Tensors that `forward_op` is given: those with a gradient, lengths, h_mask and kept."""
 
 
 @constant_in_graphs
@@ -80,192 +85,254 @@ def explain_backend(backend: str, device: torch.device) -> tuple[str, str]:
 
 def novolstm(
     x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None,
     ln_weight: Tensor,
     ln_bias: Tensor,
     *,
+    weight_hr: Tensor | None = None,
     eps: float | None = None,
     gate_gain: float = 1.0,
     variant: str = "formula",
+    layer_norm: str = "input_gate",
     lengths: Tensor | None = None,
     reverse: bool = False,
+    h_mask: Tensor | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    zoneout_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one NovoLSTM layer in one direction over a whole sequence (equations: `novolstm_triton.reference.novolstm`).
+    """Run one NovoLSTM layer over a whole sequence, in one direction or in both.
 
-    All floating tensors share one dtype and one device. Under autocast they are cast to its dtype first.
-    Saved for backward are x, y and c at every chunk border, whenever an input requires grad.
+    Equations: `novolstm_triton.reference.step`. All floating tensors share one dtype and one device. Under autocast
+    they are cast to its dtype first. Saved for backward are x, y and c at every chunk border.
+
+    With a leading dimension of two on the weights, the states and `h_mask`, the layer runs in both directions over x:
+    [0] from the first step to the last, [1] from the last to the first. Backend "triton" walks both at once.
 
     Args:
-        x: [T, B, I] input, T ≥ 1, B ≥ 1; bf16, fp16, fp32, or (not on triton) fp64.
-        h_0: [B, H] initial hidden state.
-        c_0: [B, H] initial cell state.
+        x: [T, B, I] input, T ≥ 1; bf16, fp16, fp32, or (not on triton) fp64.
+        h_0: [B, P] initial hidden state, or None for zero; P = H unless there is a projection.
+        c_0: [B, H] initial cell state, or None for zero.
         weight_ih: [5H, I] input weights, blocks i|f|g|o|p.
-        weight_hh: [5H, H] recurrent weights, blocks i|f|g|o|p; [4H, H], blocks i|f|g|o, for variant "notebook".
+        weight_hh: [5H, P] recurrent weights, blocks i|f|g|o|p; [4H, P], blocks i|f|g|o, for variant "notebook".
         bias: [5H] sum of input and recurrent bias, or None for zero.
-        ln_weight: [H] γ of the input gate's layer normalisation.
-        ln_bias: [H] β of the input gate's layer normalisation.
-        eps: ε of the layer normalisation; None means 1e-5 (formula) or 1e-3 (notebook).
+        ln_weight: [H] γ of the input gate's layer normalisation; [4H], blocks i|f|g|o, if all are normalised.
+        ln_bias: [H] or [4H] β, likewise.
+        weight_hr: [P, H] projection of the hidden state, or None.
+        eps: ε of the layer normalisations; None means 1e-5 (formula) or 1e-3 (notebook).
         gate_gain: constant factor on the input gate, which is O(1/H) without one.
         variant: "formula", i = LN(σ(z_i))·softmax(z_p); "notebook", i = LN(σ(z_i)·softmax(x W_pᵀ + b_p)).
+        layer_norm: "input_gate", or "all": the pre-activations of f, g and o are normalised, too.
         lengths: [B] integer number of valid steps of each row, 0 to T; y is zero after them, h_n and c_n are the
             states at a row's last valid step. None: all T.
         reverse: walk from the last step to the first; a row with a length begins at its own last step.
+        h_mask: [B, H] factor on h wherever it meets weight_hh: the mask of recurrent dropout. No gradient.
+        zoneout: shares of h and of c that a step keeps of the step before, from 0 to 1.
+        zoneout_mask: [T, B, H] ([T, B, 2H] for both directions) uint8, which replaces the shares by a choice for
+            every unit and step: bit 0, h keeps its value; bit 1, c does.
         backend: "auto" (triton on a GPU tensor, torch elsewhere; see `use_backend`), "reference" (a loop under
             autograd), "torch" (hand-written backward, any device), "triton" (kernels; NVIDIA or AMD GPU).
 
     Returns:
-        y [T, B, H], h_n [B, H], c_n [B, H], in the dtype of x.
+        y [T, B, P] ([T, B, 2P] for both directions), h_n [B, P], c_n [B, H], in the dtype of x.
 
     Raises:
         TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
-        ValueError: a shape, device, length, variant or backend that does not fit.
+        ValueError: a shape, device, length, option or backend that does not fit.
     """
-    options = _Options(eps, gate_gain, variant, reverse, backend)
-    return _layer((x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), lengths, options, 1)
+    cell = novolstm_cell(variant, layer_norm)
+    options = _Options(CELLS[cell].eps if eps is None else float(eps), float(gate_gain), *zoneout, cell, reverse)
+    given = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    return _layer(given, weight_hr, _Extras(lengths, h_mask, zoneout_mask), options, backend)
 
 
-def novolstm_bidirectional(
+def lstm(
     x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias: Tensor | None,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
     *,
-    eps: float | None = None,
-    gate_gain: float = 1.0,
-    variant: str = "formula",
+    weight_hr: Tensor | None = None,
     lengths: Tensor | None = None,
+    reverse: bool = False,
+    h_mask: Tensor | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    zoneout_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one NovoLSTM layer in both directions: direction 0 as `novolstm` does, direction 1 as with reverse=True.
+    """Run one layer of the plain LSTM, the function of `torch.nn.LSTM`, in one direction or in both.
 
-    Backend "triton" walks both at once, in one launch per chunk where the device has room for both. The others run one
-    after the other. Options, and what is not said of the arguments, are those of `novolstm`.
+    Arguments, results and errors are those of `novolstm`, but for the weights, which have blocks i|f|g|o.
 
     Args:
-        x: [T, B, I] input of both directions.
-        h_0: [2, B, H] initial hidden states.
-        c_0: [2, B, H] initial cell states.
-        weight_ih: [2, 5H, I] input weights.
-        weight_hh: [2, 5H, H] recurrent weights; [2, 4H, H] for variant "notebook".
-        bias: [2, 5H], or None for zero.
-        ln_weight: [2, H] γ of the input gates' layer normalisations.
-        ln_bias: [2, H] β of the input gates' layer normalisations.
-        eps: ε of the layer normalisation.
-        gate_gain: constant factor on the input gate.
-        variant: "formula" or "notebook".
-        lengths: [B] integer number of valid steps of each row; direction 1 begins at each row's own last step.
+        x: [T, B, I] input.
+        h_0: [B, P] initial hidden state, or None for zero; P = H unless there is a projection.
+        c_0: [B, H] initial cell state, or None for zero.
+        weight_ih: [4H, I] input weights.
+        weight_hh: [4H, P] recurrent weights.
+        bias: [4H] sum of input and recurrent bias, or None for zero.
+        weight_hr: [P, H] projection of the hidden state, or None.
+        lengths: [B] integer number of valid steps of each row, or None.
+        reverse: walk from the last step to the first.
+        h_mask: [B, H] mask of recurrent dropout.
+        zoneout: shares of h and of c that a step keeps of the step before.
+        zoneout_mask: [T, B, H] uint8, bit 0: h keeps its value, bit 1: c does.
         backend: "auto", "reference", "torch" or "triton".
 
     Returns:
-        y [T, B, 2H], the outputs of direction 0 before those of direction 1; h_n [2, B, H]; c_n [2, B, H].
+        y [T, B, P], h_n [B, P], c_n [B, H].
 
     Raises:
         TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
-        ValueError: a shape, device, length, variant or backend that does not fit.
+        ValueError: a shape, device, length, option or backend that does not fit.
     """
-    options = _Options(eps, gate_gain, variant, False, backend)
-    return _layer((x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias), lengths, options, 2)
+    options = _Options(0.0, 1.0, *zoneout, "lstm", reverse)
+    if isinstance(weight_ih, Tensor):
+        none = weight_ih.new_empty(*weight_ih.shape[:-2], 0)
+        given = (x, h_0, c_0, weight_ih, weight_hh, bias, none, none)
+    else:
+        given = (x, h_0, c_0, weight_ih, weight_hh, bias, None, None)
+    return _layer(given, weight_hr, _Extras(lengths, h_mask, zoneout_mask), options, backend)
 
 
 class _Options(NamedTuple):
-    """The options of `novolstm` as given, and whether its one direction walks backward."""
+    """What the operators are told besides tensors, but for the backend."""
 
-    eps: float | None
+    eps: float
     gate_gain: float
-    variant: str
+    zoneout_h: float
+    zoneout_c: float
+    cell: str
     reverse: bool
-    backend: str
+
+
+class _Extras(NamedTuple):
+    """Tensors that no gradient goes to, each perhaps None."""
+
+    lengths: Tensor | None
+    h_mask: Tensor | None
+    kept: Tensor | None
 
 
 def _layer(
-    given: tuple[Tensor | None, ...], lengths: Tensor | None, options: _Options, directions: int
+    given: tuple[Tensor | None, ...], weight_hr: Tensor | None, extras: _Extras, options: _Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the eight tensors and the options, choose the backend, and run one direction or both."""
-    if options.variant not in reference.RECURRENT_GATES:
-        raise ValueError(f"variant: expected one of {sorted(reference.RECURRENT_GATES)}, got {options.variant!r}")
-    tensors: list[Tensor] = []
-    for name, argument in zip(_GRADIENTS, given, strict=True):
-        if name == "bias" and argument is None:
-            weight_ih = tensors[_GRADIENTS.index("weight_ih")]
-            argument = weight_ih.new_zeros(weight_ih.shape[:-1])
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
-        tensors.append(argument)
-    arguments, device = tuple(tensors), tensors[0].device
+    """Check the eight tensors of a layer and all else, choose the backend, and run one direction or both."""
+    has_h_0, arguments = given[1] is not None, _filled(given, weight_hr)
+    device = arguments[0].device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
-    _check_tensors(arguments, options.variant, directions)
-    lengths = _check_lengths(lengths, arguments[0])
-    eps = reference.DEFAULT_EPS[options.variant] if options.eps is None else float(options.eps)
-    options = options._replace(
-        eps=eps, gate_gain=float(options.gate_gain), backend=resolve_backend(options.backend, device)
-    )
+        weight_hr = weight_hr if weight_hr is None else weight_hr.to(dtype)
+        extras = extras._replace(h_mask=None if extras.h_mask is None else extras.h_mask.to(dtype))
+    directions = 2 if arguments[3].dim() == 3 else 1
+    _check_tensors(arguments, weight_hr, options.cell, directions)
+    extras = _check_extras(extras, weight_hr, arguments, options)
+    if directions == 2 and options.reverse:
+        raise ValueError("reverse: both directions are given, so it must be False")
+    backend = resolve_backend(backend, device)
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
     with torch.autocast(device.type, enabled=False):
-        if options.backend == "triton":
+        if backend == "triton":
             check_triton(arguments[0].dtype, device)
-        if directions == 1 or options.backend == "triton":
-            return _run(arguments, lengths, options)
-        both = zip(*(a.unbind(0) for a in arguments[1:]), strict=True)
-        results = [_run((arguments[0], *own), lengths, options._replace(reverse=d == 1)) for d, own in enumerate(both)]
+        if directions == 1 or (backend == "triton" and weight_hr is None):
+            return _run(arguments, weight_hr, has_h_0, extras, options, backend)
+        results = []
+        for d, own in enumerate(zip(*(a.unbind(0) for a in arguments[1:]), strict=True)):
+            kept = None if extras.kept is None else extras.kept.chunk(2, dim=2)[d]
+            own_extras = extras._replace(h_mask=None if extras.h_mask is None else extras.h_mask[d], kept=kept)
+            own_hr = None if weight_hr is None else weight_hr[d]
+            own_options = options._replace(reverse=d == 1)
+            results.append(_run((arguments[0], *own), own_hr, has_h_0, own_extras, own_options, backend))
         (y, *states), (y_reverse, *states_reverse) = results
         h_n, c_n = (torch.stack(pair) for pair in zip(states, states_reverse, strict=True))
         return torch.cat((y, y_reverse), -1), h_n, c_n
 
 
-def _run(arguments: tuple[Tensor, ...], lengths: Tensor | None, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one direction, or both if the backend takes both at once, with everything checked."""
-    if options.backend == "reference":
-        kwargs = options._asdict()
-        del kwargs["backend"]
-        return reference.novolstm(*arguments, lengths=lengths, **kwargs)
-    return NovoLSTMFunction.apply(*arguments, lengths, *options)
+def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
+    """Put zeros for the states and the bias where there are none.
 
-
-class NovoLSTMFunction(torch.autograd.Function):
-    """Autograd over the two operators.
-
-    Arguments: the tensors of `novolstm` in its order, or with backend "triton" those of `novolstm_bidirectional`, then
-    lengths, eps, gate_gain, variant, reverse, backend.
+    Raises:
+        TypeError: an argument is no tensor.
     """
+    for name, argument in zip((*_GRADIENTS, "weight_hr"), (*given, weight_hr), strict=True):
+        optional = name in ("h_0", "c_0", "bias", "weight_hr")
+        if not isinstance(argument, Tensor) and not (optional and argument is None):
+            raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
+    tensors: dict[str, Any] = dict(zip(_GRADIENTS, given, strict=True))
+    x, weight_ih, weight_hh = (tensors[name] for name in ("x", "weight_ih", "weight_hh"))
+    rank = weight_ih.dim()
+    for name, tensor, wanted in (("x", x, (3,)), ("weight_ih", weight_ih, (2, 3)), ("weight_hh", weight_hh, (rank,))):
+        if tensor.dim() not in wanted:
+            raise ValueError(f"{name}: expected {' or '.join(map(str, wanted))} dimensions, got {list(tensor.shape)}")
+    lead, hidden = weight_ih.shape[:-2], (weight_hh if weight_hr is None else weight_hr).shape[-1]
+    shapes = {
+        "h_0": (*lead, x.shape[1], weight_hh.shape[-1]),
+        "c_0": (*lead, x.shape[1], hidden),
+        "bias": weight_ih.shape[:-1],
+    }
+    return tuple(x.new_zeros(shapes[name]) if a is None else a for name, a in tensors.items())
 
-    @staticmethod
-    def forward(ctx, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
-        """Run the forward operator and keep what backward needs: the inputs, y and c at the chunk borders."""
-        backend = options[-1]
-        *rows, hidden = h_0.shape
-        chunk = chunk_steps(math.prod(rows), hidden, x.element_size(), backend)
-        inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
-        y, h_n, c_n, c_border = forward_op(*inputs, lengths, *options, chunk)
-        ctx.save_for_backward(*inputs, lengths, y, c_border)
-        ctx.options = (*options, chunk)
-        # Compiled code keeps the chunk of its tracing, and has no other pins in backward.
-        ctx.pins = None if torch.compiler.is_compiling() else pinned()
-        ctx.set_materialize_grads(True)
-        return y, h_n, c_n
 
-    @staticmethod
-    def backward(ctx, *grads):
-        """Run the backward operator. Differentiating it once more raises, because it has no formula of its own."""
-        dy, dh_n, dc_n = (g.contiguous() for g in grads)
-        needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
-        if ctx.pins is None:
-            gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
-        else:
-            with in_force(ctx.pins):
-                gradients = backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, *ctx.options, needs)
-        pairs = zip(gradients, needs, strict=True)
-        return *(g if needed else None for g, needed in pairs), None, None, None, None, None, None
+def _run(
+    arguments: tuple[Tensor, ...],
+    weight_hr: Tensor | None,
+    has_h_0: bool,
+    extras: _Extras,
+    options: _Options,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction, or both if the backend takes both at once, with everything checked."""
+    x, h_0 = arguments[:2]
+    # No row, nothing to launch: the loop has the shapes right.
+    if backend == "reference" or (x.shape[1] == 0 and arguments[3].dim() == 2):
+        return reference.layer(*arguments, *extras, weight_hr, **options._asdict())
+    if x.shape[1] == 0:
+        y = x.new_zeros(x.shape[0], 0, 2 * h_0.shape[-1])
+        return y, h_0.clone(), arguments[2].clone()
+    if weight_hr is not None:
+        return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
+    *rows, hidden = h_0.shape
+    gates = len(CELLS[options.cell].gates)
+    chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
+    y, h_n, c_n, _ = forward_op(*arguments, *extras, *options, backend, chunk)
+    return y, h_n, c_n
+
+
+def _run_projected(
+    arguments: tuple[Tensor, ...],
+    weight_hr: Tensor,
+    has_h_0: bool,
+    extras: _Extras,
+    options: _Options,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one direction of a layer with a projection, h = m W_hrᵀ, as a layer of the unprojected m without one.
+
+    h W_hhᵀ = m (W_hh W_hr)ᵀ, so one product before the recurrence replaces one in every step. h_0 is no image of an m:
+    it enters as inputs of each row's first step.
+    """
+    x, h_0, c_0, weight_ih, weight_hh, *others = arguments
+    steps, lengths, recurrent = x.shape[0], extras.lengths, weight_hh
+    if has_h_0:
+        t = torch.arange(steps, device=x.device).unsqueeze(1)
+        first = 0 if not options.reverse else steps - 1 if lengths is None else lengths - 1
+        is_first = (t == first).unsqueeze(2)
+        x = torch.cat((x, torch.where(is_first, h_0, torch.zeros_like(h_0)).expand(steps, *h_0.shape)), 2)
+        missing = weight_ih.shape[0] - weight_hh.shape[0]
+        weight_ih = torch.cat((weight_ih, torch.nn.functional.pad(weight_hh, (0, 0, 0, missing))), 1)
+    plain = (x, torch.zeros_like(c_0), c_0, weight_ih, recurrent @ weight_hr, *others)
+    y, h_n, c_n = _run(plain, None, False, extras, options, backend)
+    h_n = h_n @ weight_hr.t()
+    if lengths is not None and has_h_0:
+        h_n = torch.where((lengths > 0).unsqueeze(1), h_n, h_0)
+    return y @ weight_hr.t(), h_n, c_n
 
 
 @torch.library.custom_op("novolstm_triton::forward", mutates_args=())
@@ -279,33 +346,39 @@ def forward_op(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     backend: str,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y [T, B, H], h_n [B, H], c_n [B, H] and c_border [⌈T/chunk⌉ + 1, B, H].
+    """Return y [T, B, H], h_n [B, H], c_n [B, H] and c_border [⌈T/chunk⌉ + 1, B, H]; see `reference.layer`.
 
     c_border is c before each chunk, in walking order, and after the last: two at least, so that torch.compile, which
     treats sizes of one apart, need not tell one chunk from several.
 
-    Backend "triton" also takes both directions at once, all tensors but x and lengths with a leading dimension of two;
-    then `reverse` is not looked at, y is [T, B, 2H], and the others have the leading dimension before B.
+    Backend "triton" also takes both directions at once, all tensors but x, lengths and kept with a leading dimension
+    of two; then `reverse` is not looked at, y is [T, B, 2H], kept likewise, and the others have the leading dimension
+    before B.
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
-    options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk)
-    return implementation.forward(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, **options)
+    inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
+    options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
+    return implementation.forward(*inputs, lengths, h_mask, kept, **options, chunk=chunk)
 
 
 @forward_op.register_fake
-def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, *options):
+def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, kept, *options):
     steps, (*directions, batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
     y = x.new_empty(steps, batch, math.prod(directions) * hidden)
     borders = (steps + chunk - 1) // chunk + 1
     c_border = c_0.new_empty(borders, *c_0.shape, dtype=state_dtype(x.dtype))
-    return y, torch.empty_like(h_0), torch.empty_like(c_0), c_border
+    return y, h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape), c_border
 
 
 @torch.library.custom_op("novolstm_triton::backward", mutates_args=())
@@ -322,11 +395,15 @@ def backward_op(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     backend: str,
     chunk: int,
@@ -338,19 +415,95 @@ def backward_op(
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
-    options = dict(eps=eps, gate_gain=gate_gain, variant=variant, reverse=reverse, chunk=chunk, needs=needs)
+    options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
+    saved = (*inputs, lengths, h_mask, kept, y, c_border)
     # A user may call backward inside an autocast region: that would round the products in here, too.
     with torch.autocast(x.device.type, enabled=False):
-        gradients = implementation.backward(dy, dh_n, dc_n, *inputs, lengths, y, c_border, **options)
+        gradients = implementation.backward(dy, dh_n, dc_n, *saved, **options, chunk=chunk, needs=needs)
     # The operator's schema wants the eight spelled out.
     return tuple(x.new_empty(0) if g is None else g for g in gradients)  # pyright: ignore[reportReturnType]
 
 
 @backward_op.register_fake
-def _(dy, dh_n, dc_n, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, y, c_border, *options):
+def _(dy, dh_n, dc_n, x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, *others):
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
-    pairs = zip(inputs, options[-1], strict=True)
+    pairs = zip(inputs, others[-1], strict=True)
     return tuple(a.new_empty(a.shape) if needed else x.new_empty(0) for a, needed in pairs)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    """Keep what backward needs: the inputs, y and c at the chunk borders."""
+    tensors, ctx.options = inputs[:_TENSORS], inputs[_TENSORS:]
+    y, _, _, c_border = output
+    ctx.save_for_backward(*tensors, y, c_border)
+    # Compiled code keeps the chunk of its tracing, and has no other pins in backward.
+    ctx.pins = Pins() if torch.compiler.is_compiling() else pinned()
+    ctx.mark_non_differentiable(c_border)
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple:
+    """Run the backward operator, under the pins of the forward call."""
+    needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else in_force(ctx.pins):
+        gradients = backward_op(*(g.contiguous() for g in grads[:3]), *ctx.saved_tensors, *ctx.options, needs)
+    pairs = zip(gradients, needs, strict=True)
+    return *(g if needed else None for g, needed in pairs), *[None] * (len(ctx.needs_input_grad) - len(needs))
+
+
+forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_second_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    tensors = inputs[: 3 + _TENSORS]
+    ctx.save_for_backward(*tensors)
+    options = _Options(*inputs[len(tensors) + 2 :][: len(_Options._fields)])
+    ctx.options, ctx.needs = options, inputs[-1]
+    ctx.inputs = len(inputs)
+
+
+def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    """Differentiate the backward operator: by autograd, through the reference."""
+    *floating, lengths, h_mask, kept = ctx.saved_tensors
+    with torch.enable_grad():
+        # Aliases, so that a gradient is of this operand alone, even where one is made from another.
+        given = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in floating]
+        outgoing, inputs = given[:3], given[3:]
+        outputs = _layer(tuple(inputs), None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
+        first = torch.autograd.grad(outputs, inputs, outgoing, create_graph=True, allow_unused=True)
+    pairs = [
+        (g, outer)
+        for g, outer, needed in zip(first, grads, ctx.needs, strict=True)
+        if needed and g is not None and outer is not None and g.requires_grad
+    ]
+    second: Sequence[Tensor | None] = [None] * len(given)
+    if pairs:
+        again, outer = zip(*pairs, strict=True)
+        second = torch.autograd.grad(again, given, outer, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    return *second, *[None] * (ctx.inputs - len(given))
+
+
+backward_op.register_autograd(_second_backward, setup_context=_save_for_second_backward)
+
+
+def _map_over_batch(op: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Run an operator for each member of a batch that vmap has made, one after the other."""
+    batch = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
+    results = []
+    for k in range(batch):
+        results.append(op(*(a if d is None else a.select(d, k) for a, d in zip(args, in_dims, strict=True))))
+    stacked = tuple(torch.stack(member) for member in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+@forward_op.register_vmap
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    return _map_over_batch(forward_op, in_dims, args)
+
+
+@backward_op.register_vmap
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    return _map_over_batch(backward_op, in_dims, args)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -363,9 +516,12 @@ def _check_backend_name(name: str, where: str) -> None:
         raise ValueError(f"{where}: expected one of {list(BACKENDS)}, got {name!r}")
 
 
-def _check_tensors(arguments: tuple[Tensor, ...], variant: str, directions: int) -> None:
+def _check_tensors(arguments: tuple[Tensor, ...], weight_hr: Tensor | None, cell: str, directions: int) -> None:
     x, h_0 = arguments[:2]
-    for name, tensor in zip(_GRADIENTS, arguments, strict=True):
+    named = list(zip(_GRADIENTS, arguments, strict=True))
+    if weight_hr is not None:
+        named.append(("weight_hr", weight_hr))
+    for name, tensor in named:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.dtype != x.dtype:
@@ -376,16 +532,56 @@ def _check_tensors(arguments: tuple[Tensor, ...], variant: str, directions: int)
     if x.dim() != 3 or h_0.dim() != 2 + len(lead):
         wanted = "[B, H]" if directions == 1 else "[2, B, H]"
         raise ValueError(f"expected x [T, B, I] and h_0 {wanted}, got {list(x.shape)} and {list(h_0.shape)}")
-    (steps, batch, inputs), hidden = x.shape, h_0.shape[-1]
-    if steps < 1 or batch < 1 or hidden < 1:
-        raise ValueError(f"expected at least one step, row and unit, got x {list(x.shape)}, h_0 {list(h_0.shape)}")
-    state, units = (batch, hidden), (hidden,)
-    recurrent = reference.RECURRENT_GATES[variant] * hidden
-    shapes = (state, state, (5 * hidden, inputs), (recurrent, hidden), (5 * hidden,), units, units)
-    for name, tensor, one in zip(_GRADIENTS[1:], arguments[1:], shapes, strict=True):
-        shape = (*lead, *one)
-        if tuple(tensor.shape) != tuple(shape):
+    (steps, batch, inputs), projected = x.shape, h_0.shape[-1]
+    hidden = projected if weight_hr is None else weight_hr.shape[-1]
+    if steps < 1 or projected < 1 or hidden < 1:
+        raise ValueError(f"expected at least one step and unit, got x {list(x.shape)}, h_0 {list(h_0.shape)}")
+    blocks = CELLS[cell]
+    gates, norms = len(blocks.gates) * hidden, (len(blocks.normalised) * hidden,)
+    shapes = {
+        "h_0": (batch, projected),
+        "c_0": (batch, hidden),
+        "weight_ih": (gates, inputs),
+        "weight_hh": (blocks.recurrent * hidden, projected),
+        "bias": (gates,),
+        "ln_weight": norms,
+        "ln_bias": norms,
+        "weight_hr": (projected, hidden),
+    }
+    for name, tensor in named[1:]:
+        shape = (*lead, *shapes[name])
+        if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_extras(
+    extras: _Extras, weight_hr: Tensor | None, arguments: tuple[Tensor, ...], options: _Options
+) -> _Extras:
+    """Check what is given besides the eight tensors; return it as the backends take it."""
+    x, h_0 = arguments[:2]
+    lengths = _check_lengths(extras.lengths, x)
+    zoneout = extras.kept is not None or options.zoneout_h or options.zoneout_c
+    if weight_hr is not None and (extras.h_mask is not None or zoneout):
+        raise ValueError("weight_hr: a projected layer has no recurrent dropout and no zoneout")
+    for name, share in (("h", options.zoneout_h), ("c", options.zoneout_c)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"zoneout: expected shares of h and c from 0 to 1, got {share} of {name}")
+    directions = h_0.shape[0] if h_0.dim() == 3 else 1
+    kept_shape = (*x.shape[:2], directions * h_0.shape[-1])
+    for name, mask, dtype, shape in (
+        ("h_mask", extras.h_mask, x.dtype, tuple(h_0.shape)),
+        ("zoneout_mask", extras.kept, torch.uint8, kept_shape),
+    ):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != dtype:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name}: expected a Tensor of {dtype}, got {got}")
+        if tuple(mask.shape) != shape or mask.device != x.device:
+            got = f"{list(mask.shape)} on {mask.device}"
+            raise ValueError(f"{name}: expected shape {list(shape)} on {x.device}, got {got}")
+    h_mask = None if extras.h_mask is None else extras.h_mask.detach()
+    return _Extras(lengths, h_mask, extras.kept)
 
 
 def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
@@ -397,7 +593,7 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: expected shape [{x.shape[1]}], got {list(lengths.shape)}")
     # On a GPU the values stay unread (that would stall the stream): the backends clamp them by comparing with t.
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > x.shape[0]:
             raise ValueError(f"lengths: expected values from 0 to {x.shape[0]}, got {low} to {high}")

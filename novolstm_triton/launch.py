@@ -12,13 +12,24 @@ from torch import Tensor
 
 from novolstm_triton import plan as planning
 from novolstm_triton import tuned
+from novolstm_triton.cells import CELLS
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
+from novolstm_triton.kernels.cell import CellKernels
 from novolstm_triton.kernels.forward import forward_kernel
-from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK, Cell
+from novolstm_triton.kernels.gate_norms import normalise_gates
+from novolstm_triton.kernels.lstm import LSTM
+from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK
 from novolstm_triton.plan import KernelPlan, LaunchPlan
 from novolstm_triton.streams import one_ahead
 
-CELLS = {"formula": FORMULA, "notebook": NOTEBOOK}
+KERNELS = {
+    "lstm": LSTM,
+    "formula": FORMULA,
+    "formula_all": normalise_gates(FORMULA),
+    "notebook": NOTEBOOK,
+    "notebook_all": normalise_gates(NOTEBOOK),
+}
+"""The kernels' part of every cell."""
 
 FUSION: dict[str, Any] = dict(enable_fp_fusion=True)
 """Compile option of every kernel: a·b + c is rounded once. Triton 3.9 warns where nothing is said of it."""
@@ -34,34 +45,41 @@ def forward(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     *,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the layer in one direction or both; see `novolstm_triton.functional.forward_op`."""
-    cell = CELLS[variant]
+    kernels = KERNELS[cell]
     walks, state_shape = _walks(x.shape[0], chunk, h_0, reverse), h_0.shape
-    h_0, c_0, weight_ih, weight_hh, bias = _with_directions(h_0, c_0, weight_ih, weight_hh, bias)
+    h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias = _with_directions(
+        h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias
+    )
     (steps, batch, _), (directions, _, hidden) = x.shape, h_0.shape
     kernel_plan = launch_plan(x, hidden, cell, directions).forward
-    precision = product_precision(x)
+    walk_options = WalkOptions.of(lengths, h_mask, kept, zoneout_h, zoneout_c)
     constants = kernel_constants(
-        forward_kernel, cell, hidden, kernel_plan, lengths is not None, precision, directions=directions
+        forward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
     )
-    gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
+    gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
     weight_hh = weight_hh.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    lengths, h_mask, kept = _contiguous(lengths, h_mask, kept)
     state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     y = x.new_empty(steps, batch, directions * hidden)
     # c before every chunk, and in the last place after all of them.
     c = torch.empty(len(walks[0]) + 1, directions, batch, hidden, **state)
     c[0] = c_0
-    h_ring = _HRing(h_0, kernel_plan, min(steps, chunk))
-    row_ring = _row_ring(kernel_plan, directions * batch, cell.partial_rows, x.device)
+    h = h_0.clone(memory_format=torch.contiguous_format)
+    h_ring = _HRing(h_0 if h_mask is None else h_0 * h_mask.view_as(h_0), kernel_plan, min(steps, chunk))
+    row_ring = _row_ring(kernel_plan, directions * batch, kernels.partial_rows, x.device)
     counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
 
     def multiply_inputs(number: int, buffer: Tensor) -> None:
@@ -70,10 +88,10 @@ def forward(
             rows = (span.high - span.low) * batch
             x_gates = buffer[d * rows : (d + 1) * rows]
             torch.addmm(bias[d], x[span.low : span.high].reshape(rows, x.shape[2]), weight_ih[d].t(), out=x_gates)
-            _softmax_gate(x_gates, cell, hidden)
+            _softmax_gate(x_gates, kernels, hidden)
 
     most_rows = directions * min(steps, chunk) * batch
-    buffers = [x.new_empty(most_rows, cell.gates * hidden) for _ in range(2 if _overlaps(x) else 1)]
+    buffers = [x.new_empty(most_rows, len(CELLS[cell].gates) * hidden) for _ in range(2 if _overlaps(x) else 1)]
     chunks = enumerate(zip(*walks, strict=True))
     for (number, spans), x_gates in zip(chunks, one_ahead(multiply_inputs, buffers, len(walks[0])), strict=True):
         first, stride, start, count = _first(spans[0])
@@ -89,6 +107,9 @@ def forward(
                 gamma,
                 beta,
                 lengths,
+                h_mask,
+                kept,
+                h,
                 c[number],
                 h_ring.buffer,
                 row_ring,
@@ -106,11 +127,13 @@ def forward(
                 h_ring.buffer.shape[1],
                 tile,
                 eps,
+                zoneout_h,
+                zoneout_c,
                 **constants,
             )
         h_ring.end_chunk(count)
-    h_n, c_n = h_ring.current().clone(), c[-1].to(x.dtype, copy=True)
-    return y, h_n.view(state_shape), c_n.view(state_shape), c.view(-1, *state_shape)
+    c_n = c[-1].to(x.dtype, copy=True)
+    return y, h.view(state_shape), c_n.view(state_shape), c.view(-1, *state_shape)
 
 
 def backward(
@@ -126,45 +149,53 @@ def backward(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     *,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     chunk: int,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Run the layer's backward in one direction or both; see `novolstm_triton.functional.backward_op`."""
-    cell = CELLS[variant]
+    kernels, gates, recurrent = KERNELS[cell], len(CELLS[cell].gates), CELLS[cell].recurrent
     walks = _walks(x.shape[0], chunk, h_0, reverse)
     shapes = [a.shape for a in (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)]
-    dh_n, dc_n, h_0, weight_ih, weight_hh, bias = _with_directions(dh_n, dc_n, h_0, weight_ih, weight_hh, bias)
+    dh_n, dc_n, h_0, weight_ih, weight_hh, bias, ln_weight, ln_bias = _with_directions(
+        dh_n, dc_n, h_0, weight_ih, weight_hh, bias, ln_weight, ln_bias
+    )
     (steps, batch, features), (directions, _, hidden) = x.shape, h_0.shape
     kernel_plan = launch_plan(x, hidden, cell, directions).backward
-    precision = product_precision(x)
+    walk_options = WalkOptions.of(lengths, h_mask, kept, zoneout_h, zoneout_c)
     constants = kernel_constants(
-        backward_kernel, cell, hidden, kernel_plan, lengths is not None, precision, directions=directions
+        backward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
     )
-    gamma, beta = _affine(ln_weight, gate_gain), _affine(ln_bias, gate_gain)
+    gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
     weight_hh = weight_hh.contiguous()
-    lengths = None if lengths is None else lengths.contiguous()
+    lengths, h_mask, kept = _contiguous(lengths, h_mask, kept)
+    h_factors = None if h_mask is None else h_mask.view_as(h_0)
     dy = dy.contiguous()
     needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
     fp32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     # One chunk's workspace, used again by every chunk; a shorter one takes the first part.
     most_rows = directions * min(steps, chunk) * batch
-    z_all, dz_all = x.new_empty(most_rows, cell.gates * hidden), x.new_empty(most_rows, cell.gates * hidden)
+    z_all, dz_all = x.new_empty(most_rows, gates * hidden), x.new_empty(most_rows, gates * hidden)
     c_all = torch.empty(directions * (min(steps, chunk) + 1), batch, hidden, **fp32)
-    stats_all = torch.empty(cell.stats * most_rows, **fp32)
-    companions = _Companions(cell, kernel_plan, x, min(steps, chunk), weight_hh)
-    row_ring = _row_ring(kernel_plan, directions * batch, cell.grad_rows, x.device)
+    stats_all = torch.empty(kernels.stats * most_rows, **fp32)
+    companions = _Companions(kernels, kernel_plan, x, min(steps, chunk), weight_hh)
+    row_ring = _row_ring(kernel_plan, directions * batch, kernels.grad_rows, x.device)
     counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
 
     dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
-    dgamma, dbeta = torch.zeros(h_0.shape, **fp32), torch.zeros(h_0.shape, **fp32)
+    norms = len(CELLS[cell].normalised)
+    dgamma, dbeta = torch.zeros(norms, *h_0.shape, **fp32), torch.zeros(norms, *h_0.shape, **fp32)
     # Two directions add to every step.
     new_dx = x.new_empty if directions == 1 else x.new_zeros
     dx = new_dx(steps, batch, features) if needs_x else None
@@ -176,22 +207,27 @@ def backward(
         first, stride, start, count = _first(spans[0])
         rows = count * batch
         z, dz = (a[: directions * rows].view(directions, rows, -1) for a in (z_all, dz_all))
-        stats = stats_all[: cell.stats * directions * rows]
+        stats = stats_all[: kernels.stats * directions * rows]
         c = c_all[: directions * (count + 1)].view(directions, count + 1, batch, hidden)
         operands = []
         for d, span in enumerate(spans):
             x_chunk = _without_padding(x[span.low : span.high], lengths, span.low).reshape(rows, features)
             y_d = y[:, :, d * hidden : (d + 1) * hidden]
-            h_prev = _previous_h(y_d, h_0[d], lengths, span).reshape(rows, hidden)
+            h_prev = _previous_h(y_d, h_0[d], lengths, span)
+            if h_factors is not None:
+                h_prev = h_prev * h_factors[d]
+            h_prev = h_prev.reshape(rows, hidden)
             operands.append((x_chunk, h_prev))
             torch.addmm(bias[d], x_chunk, weight_ih[d].t(), out=z[d])
-            recurrent = z[d, :, : cell.recurrent * hidden]
-            recurrent.addmm_(h_prev, weight_hh[d].t())
-        _softmax_gate(z.flatten(0, 1), cell, hidden)
+            z[d, :, : recurrent * hidden].addmm_(h_prev, weight_hh[d].t())
+        _softmax_gate(z.flatten(0, 1), kernels, hidden)
         c[:, 0] = c_border[number]
         companions.begin_chunk(rows)
-        walk_c = (first, stride, start, steps)
-        _recompute_states(cell, kernel_plan, z, stats, companions.operands, c, (gamma, beta), lengths, eps, walk_c)
+        walk_c = (first, stride, start, steps, zoneout_c)
+        inputs = (gamma, beta, lengths, kept)
+        _recompute_states(
+            cell, kernel_plan, walk_options, z, stats, companions.operands, c, inputs, eps, walk_c
+        )
         companions.multiply(weight_hh)
         if kernel_plan.exchange == "words":
             _fill_missing(dz)
@@ -207,6 +243,8 @@ def backward(
                 gamma,
                 beta,
                 lengths,
+                h_mask,
+                kept,
                 c,
                 dy,
                 companions.products,
@@ -228,6 +266,8 @@ def backward(
                 companions.late_slots,
                 tile,
                 eps,
+                zoneout_h,
+                zoneout_c,
                 **constants,
             )
         for d, (span, (x_chunk, h_prev)) in enumerate(zip(spans, operands, strict=True)):
@@ -237,17 +277,19 @@ def backward(
             if dweight_ih is not None:
                 _add_product(dweight_ih[d], dz[d], x_chunk)
             if dweight_hh is not None:
-                _add_product(dweight_hh[d], dz[d, :, : cell.recurrent * hidden], h_prev)
+                _add_product(dweight_hh[d], dz[d, :, : recurrent * hidden], h_prev)
         if dbias is not None:
             dbias += dz.sum(1, dtype=torch.float32)
 
-    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma.sum(1) * gate_gain, dbeta.sum(1) * gate_gain)
+    # [norms, D, B, H] -> [D, norms·H]
+    dgamma, dbeta = (_affine(a.sum(2).transpose(0, 1).flatten(1), gate_gain, hidden) for a in (dgamma, dbeta))
+    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma, dbeta)
     triples = zip(gradients, shapes, needs, strict=True)
     return tuple(g.to(x.dtype).view(shape) if g is not None and needed else None for g, shape, needed in triples)
 
 
 class _HRing:
-    """The buffer [D, slots, B, H] in which slices exchange h; a step reads one slot and writes the next.
+    """The buffer [D, slots, B, H] in which slices exchange h, times its mask; a step reads a slot and writes the next.
 
     The barrier takes turns between two slots. Self-validating words are never overwritten within a chunk: each step
     has a slot of its own, which holds no word until one arrives.
@@ -260,14 +302,10 @@ class _HRing:
         # A NaN of the user's could look like a word that is missing.
         self.buffer[:, 0] = h_0.masked_fill(h_0.isnan(), float("nan")) if self._words else h_0
 
-    def current(self) -> Tensor:
-        """Return [D, B, H], the h that the next step starts from."""
-        return self.buffer[:, self.first]
-
     def begin_chunk(self) -> None:
         """Make room for the steps of a chunk."""
         if self._words:
-            h = self.current().clone()
+            h = self.buffer[:, self.first].clone()
             _fill_missing(self.buffer)
             self.buffer[:, 0] = h
             self.first = 0
@@ -285,7 +323,9 @@ class _Companions:
     gates. Both exchanges use it as they use `_HRing`. weight_hh is [D, recurrent·H, H].
     """
 
-    def __init__(self, cell: Cell, kernel_plan: KernelPlan, x: Tensor, chunk: int, weight_hh: Tensor) -> None:
+    def __init__(
+        self, cell: CellKernels, kernel_plan: KernelPlan, x: Tensor, chunk: int, weight_hh: Tensor
+    ) -> None:
         self._gates = cell.companion_gates if kernel_plan.exchanges == 1 else ()
         self._words = kernel_plan.exchange == "words"
         directions, _, hidden = weight_hh.shape
@@ -331,36 +371,56 @@ def _fill_missing(buffer: Tensor) -> None:
     buffer.view(torch.int32 if buffer.element_size() == 4 else torch.int16).fill_(-1)
 
 
-def launch_plan(x: Tensor, hidden: int, cell: Cell, directions: int = 1) -> LaunchPlan:
+def launch_plan(x: Tensor, hidden: int, cell: str, directions: int = 1) -> LaunchPlan:
     """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
     in_force = planning.pinned(), tuned.in_force()
-    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell.recurrent, directions, *in_force)
+    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell, directions, *in_force)
+
+
+class WalkOptions(NamedTuple):
+    """What a walk may have besides a cell, as the kernels are compiled for it."""
+
+    lengths: bool = False
+    h_mask: bool = False
+    zoneout: str = "none"
+    """"none", "masks" or "average"."""
+
+    @classmethod
+    def of(
+        cls, lengths: Tensor | None, h_mask: Tensor | None, kept: Tensor | None, zoneout_h: float, zoneout_c: float
+    ) -> "WalkOptions":
+        """Return those of a call."""
+        average = "average" if zoneout_h or zoneout_c else "none"
+        return cls(lengths is not None, h_mask is not None, average if kept is None else "masks")
 
 
 def kernel_constants(
     kernel: Any,
-    cell: Cell,
+    cell: str,
     hidden: int,
     kernel_plan: KernelPlan,
-    has_lengths: bool,
+    options: WalkOptions,
     precision: str,
     *,
     directions: int = 1,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of one of the four kernels; `precision` is tl.dot's, of fp32 operands."""
+    functions, blocks = KERNELS[cell], CELLS[cell]
     everything = dict(
-        partials=cell.partials,
-        merge=cell.merge,
-        update=cell.update,
-        grad_local=cell.grad_local,
-        grad_finish=cell.grad_finish,
-        companions=cell.companions,
-        EARLY=cell.early,
-        LATE=cell.late,
+        partials=functions.partials,
+        merge=functions.merge,
+        update=functions.update,
+        grad_local=functions.grad_local,
+        grad_finish=functions.grad_finish,
+        companions=functions.companions,
+        EARLY=functions.early,
+        LATE=functions.late,
         DIRECTIONS=directions,
-        GATES=cell.gates,
-        RECURRENT=cell.recurrent,
-        STATS=cell.stats,
+        GATES=len(blocks.gates),
+        RECURRENT=blocks.recurrent,
+        NORMS=len(blocks.normalised),
+        GATE_NORMS=functions.gate_norms,
+        STATS=functions.stats,
         HIDDEN=hidden,
         SLICES=kernel_plan.slices,
         UNITS=kernel_plan.units,
@@ -375,16 +435,18 @@ def kernel_constants(
         RESIDENT=kernel_plan.resident,
         # To its kernel a cluster is one program: its exchanges are the compiler's.
         EXCHANGE="none" if kernel_plan.ctas > 1 else kernel_plan.exchange,
-        EXCHANGES=kernel_plan.exchanges,
-        HAS_LENGTHS=has_lengths,
+        COMPANIONS=kernel_plan.exchanges == 1 and len(functions.companion_gates) > 0,
+        HAS_LENGTHS=options.lengths,
+        HAS_MASK=options.h_mask,
+        ZONEOUT=options.zoneout,
         PRECISION=precision,
     )
     return {name: value for name, value in everything.items() if name in kernel.arg_names}
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_plan(hidden, batch, dtype, device, recurrent, directions, pins, plans) -> LaunchPlan:
-    options: dict[str, Any] = dict(recurrent=recurrent, directions=directions, pins=pins, plans=plans)
+def _cached_plan(hidden, batch, dtype, device, cell, directions, pins, plans) -> LaunchPlan:
+    options: dict[str, Any] = dict(cell=cell, directions=directions, pins=pins, plans=plans)
     return planning.plan(hidden, batch, dtype, device, **options)
 
 
@@ -492,12 +554,20 @@ def product_precision(x: Tensor) -> str:
     return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
-def _affine(parameter: Tensor, gate_gain: float) -> Tensor:
-    """Return γ or β in fp32 with the gate gain folded in: gain·LN(s; γ, β) = LN(s; gain·γ, gain·β)."""
-    return (parameter.to(torch.float32) * gate_gain).contiguous()
+def _affine(parameter: Tensor, gate_gain: float, hidden: int) -> Tensor:
+    """Return γ or β [D, norms·H] in fp32, the gate gain folded in: gain·LN(s; γ, β) = LN(s; gain·γ, gain·β)."""
+    # A copy, for it is scaled in place; only the input gate, the first, has a gain.
+    parameter = parameter.to(torch.float32, copy=True).contiguous()
+    parameter[:, :hidden] *= gate_gain
+    return parameter
 
 
-def _softmax_gate(z: Tensor, cell: Cell, hidden: int) -> None:
+def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    for tensor in tensors:
+        yield None if tensor is None else tensor.contiguous()
+
+
+def _softmax_gate(z: Tensor, cell: CellKernels, hidden: int) -> None:
     """Replace the pre-activations of a gate that does not see h by their softmax, in place; z is [rows, G·H]."""
     if cell.softmax_gate is not None:
         gate = z[:, cell.softmax_gate * hidden : (cell.softmax_gate + 1) * hidden]
@@ -527,32 +597,34 @@ def _previous_h(y: Tensor, h_0: Tensor, lengths: Tensor | None, span: _Span) -> 
 
 
 def _recompute_states(
-    cell: Cell,
+    cell: str,
     kernel_plan: KernelPlan,
+    options: WalkOptions,
     z: Tensor,
     stats: Tensor,
     companions: Tensor,
     c: Tensor,
-    affine: tuple[Tensor, Tensor],
-    lengths: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
     eps: float,
-    walk: tuple[int, int, int, int],
+    walk: tuple,
 ) -> None:
     """Fill stats, companions and c[:, 1:] of a chunk from its z [D, rows, GH] and c[:, 0], c [D, steps + 1, B, H].
 
-    walk is (first t, stride, start) of direction 0, and T.
+    inputs are γ, β, the lengths and zoneout's masks; walk is (first t, stride, start) of direction 0, T, and zoneout's
+    share of c.
     """
     (directions, states, batch, hidden), rows = c.shape, z.shape[0] * z.shape[1]
     constants = [
-        kernel_constants(kernel, cell, hidden, kernel_plan, lengths is not None, "ieee", directions=directions)
+        kernel_constants(kernel, cell, hidden, kernel_plan, options, "ieee", directions=directions)
         for kernel in (statistics_kernel, cell_states_kernel)
     ]
     with _on(z.device):
-        grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
-        constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
-        statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
+        if KERNELS[cell].stats:
+            grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
+            constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
+            statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
         grid = (directions * batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
-        cell_states_kernel[grid](z, stats, *affine, lengths, c, batch, states - 1, *walk, **constants[1], **FUSION)
+        cell_states_kernel[grid](z, stats, *inputs, c, batch, states - 1, *walk, **constants[1], **FUSION)
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:

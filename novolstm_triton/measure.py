@@ -14,10 +14,7 @@ from novolstm_triton import plan, problems, tuned
 from novolstm_triton.functional import novolstm
 from novolstm_triton.plan import Device
 from novolstm_triton.problems import Problem
-from novolstm_triton.reference import RECURRENT_GATES
 
-VARIANTS = {recurrent: variant for variant, recurrent in RECURRENT_GATES.items()}
-"""The variant with that many recurrent gates."""
 
 CHECK_STEPS = 5
 """Time steps of a plan's check, enough for every buffer that a step takes turns with."""
@@ -95,7 +92,7 @@ def only_plan(key: tuned.Key, choices: dict[str, Any], device: Device) -> Iterat
     entry = tuned.Entry(key, choices, 0.0)
     plans = tuned.TunedPlans((tuned.PlanFile("", device, {}, (entry,)),))
     sizes = (key.hidden, key.batch, tuned.DTYPES[key.dtype], device)
-    kernel_plan = getattr(plan.plan(*sizes, recurrent=key.recurrent, plans=plans), key.direction)
+    kernel_plan = getattr(plan.plan(*sizes, cell=key.cell, plans=plans), key.direction)
     if (taken := tuned.choices_of(kernel_plan)) != tuned.choices_of(kernel_plan) | choices:
         raise ValueError(f"expected {choices}, the plan has {taken}")
     before = tuned.put_in_force(plans)
@@ -106,7 +103,7 @@ def only_plan(key: tuned.Key, choices: dict[str, Any], device: Device) -> Iterat
 
 
 def _problem(key: tuned.Key, steps: int, inputs_size: int, where: str) -> Problem:
-    return Problem(steps, key.batch, key.hidden, inputs_size=inputs_size, variant=VARIANTS[key.recurrent], device=where)
+    return Problem(steps, key.batch, key.hidden, inputs_size=inputs_size, cell=key.cell, device=where)
 
 
 @functools.lru_cache(maxsize=1)

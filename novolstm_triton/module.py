@@ -1,51 +1,354 @@
-"""NovoLSTM as a module with nn.LSTM's constructor and call: parameters, initialisation, layers, directions. No math."""
+"""The layers as modules with nn.LSTM's constructor, call and parameters: `NovoLSTM` and `LSTM`. No math."""
 
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.functional import BACKENDS, novolstm, novolstm_bidirectional, resolve_backend
-from novolstm_triton.reference import DEFAULT_EPS, RECURRENT_GATES
+from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.functional import BACKENDS, lstm, novolstm, resolve_backend
+from novolstm_triton.regularisers import dropout_mask, zoneout_mask
+
+State = tuple[Tensor, Tensor]
+"""(h, c)."""
 
 
-class NovoLSTM(nn.Module):
+class RecurrentLayer(nn.Module):
+    """What `NovoLSTM` and `LSTM` have in common: nn.LSTM's surface around a cell. Not to be used itself."""
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        proj_size: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        recurrent_dropout: float,
+        zoneout_h: float,
+        zoneout_c: float,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        if not _is_share(dropout):
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+            )
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=3,
+            )
+        if proj_size < 0:
+            raise ValueError("proj_size should be a positive integer or zero to disable projections")
+        if proj_size >= hidden_size:
+            raise ValueError("proj_size has to be smaller than hidden_size")
+        if not _is_share(recurrent_dropout) or recurrent_dropout == 1:
+            raise ValueError(f"recurrent_dropout: expected a number in range [0, 1), got {recurrent_dropout!r}")
+        for name, share in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
+            if not _is_share(share):
+                raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
+        if proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
+            raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
+        check_backend(backend)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.zoneout_h = float(zoneout_h)
+        self.zoneout_c = float(zoneout_c)
+        self.backend = backend
+
+        output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
+        for layer in range(num_layers):
+            features = input_size if layer == 0 else directions * output_size
+            shapes = parameter_shapes(cell, features, hidden_size, bias, proj_size)
+            for suffix in self._suffixes(layer):
+                for name, shape in shapes.items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(name + suffix, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
+        reset_parameters(self, self.hidden_size)
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the weights need no common memory. For code that calls it on an nn.LSTM."""
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of each layer and direction, in the order in which they are registered."""
+        weights = []
+        for layer in range(self.num_layers):
+            for suffix in self._suffixes(layer):
+                names = (name + suffix for name in _PARAMETERS)
+                weights.append([getattr(self, name) for name in names if hasattr(self, name)])
+        return weights
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Any, State]:
+        """Run the layers over a batch of sequences, or over one unbatched sequence.
+
+        D is 2 if bidirectional, else 1; L is num_layers; P is proj_size, or H without a projection.
+
+        Args:
+            input: [T, B, I], or [B, T, I] with batch_first, or unbatched [T, I]; or a PackedSequence.
+            hx: (h_0 [L·D, B, P], c_0 [L·D, B, H]), without the B if unbatched; zeros if None.
+            lengths: [B] integers from 0 to T, the valid steps of each row; y is zero after them, h_n and c_n are each
+                row's last. What it does by packing, without: use it under torch.compile. Needs batched input.
+
+        Returns:
+            y [T, B, D·P] (or batch first, or unbatched, or packed, like the input), and (h_n, c_n) with the shapes of
+            the states.
+
+        Raises:
+            ValueError, RuntimeError: shapes, dtypes or devices that do not fit, in nn.LSTM's words.
+            TypeError: a state that is no pair of tensors, or lengths that are no integers.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, lengths)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if not batched and lengths is not None:
+            raise ValueError("lengths: expected batched input beside it, got an unbatched sequence: slice it instead")
+        if not batched:
+            x = input.unsqueeze(1)
+        else:
+            x = input.transpose(0, 1) if self.batch_first else input
+        self._check_input(x)
+        if hx is not None:
+            hx = self._check_state(hx, x, batched)
+        y, (h_n, c_n) = self._run(x, hx, lengths)
+        if not batched:
+            return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+        return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
+
+    def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take one time step: what `forward` does with a sequence of length one.
+
+        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole.
+
+        Args:
+            input: [B, I], or [I] unbatched.
+            state: (h [L, B, P], c [L, B, H]), without the B if unbatched, as returned by the step before; zeros if
+                None.
+
+        Returns:
+            y [B, P] or [P], and the new state.
+
+        Raises:
+            ValueError: the layer is bidirectional: its second direction begins with the last step.
+            ValueError, RuntimeError, TypeError: as `forward`.
+        """
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional layer needs the whole sequence")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"step: expected input [B, I] or [I], got {list(input.shape)}")
+        # Unbatched input has its time first, whatever batch_first says.
+        time = 1 if self.batch_first and input.dim() == 2 else 0
+        y, state = self(input.unsqueeze(time), state)
+        return y.squeeze(time), state
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments, leaving out defaults, like nn.LSTM."""
+        shown = [f"{name}={getattr(self, name)!r}" for name, value in self._defaults() if getattr(self, name) != value]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+    def _defaults(self) -> Iterator[tuple[str, Any]]:
+        """Yield the constructor's options and their defaults, in the order in which they are shown."""
+        yield from {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False}.items()
+        yield from {"dropout": 0.0, "bidirectional": False, "recurrent_dropout": 0.0}.items()
+        yield from {"zoneout_h": 0.0, "zoneout_c": 0.0, "backend": "auto"}.items()
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None, lengths: Tensor | None
+    ) -> tuple[PackedSequence, State]:
+        if lengths is not None:
+            raise ValueError("lengths: a PackedSequence has its own, expected None")
+        data, batch_sizes, sorted_indices, unsorted_indices = packed
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        # Of the rows in their packed order, the longest first: row b has a step wherever more than b rows have.
+        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+        valid = (torch.arange(steps).unsqueeze(1) < sorted_lengths).to(data.device)
+        x = data.new_zeros(steps, batch, data.shape[1]).masked_scatter(valid.unsqueeze(2), data)
+        self._check_input(x)
+        if hx is not None:
+            hx = self._check_state(hx, x, True)
+            hx = hx if sorted_indices is None else (hx[0][:, sorted_indices], hx[1][:, sorted_indices])
+        y, (h_n, c_n) = self._run(x, hx, sorted_lengths)
+        if unsorted_indices is not None:
+            h_n, c_n = h_n[:, unsorted_indices], c_n[:, unsorted_indices]
+        return PackedSequence(y[valid], batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
+
+    def _run(self, x: Tensor, hx: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """Run all layers over x [T, B, I], with everything checked."""
+        h_n, c_n, directions = [], [], 2 if self.bidirectional else 1
+        for layer in range(self.num_layers):
+            if layer > 0 and self.dropout > 0:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            states = slice(layer * directions, (layer + 1) * directions)
+            h, c = (None, None) if hx is None else (hx[0][states], hx[1][states])
+            x, h, c = self._run_layer(layer, x, h, c, lengths)
+            h_n.append(h)
+            c_n.append(c)
+        return x, (torch.cat(h_n), torch.cat(c_n))
+
+    def _run_layer(
+        self, layer: int, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
+        weights = [layer_weights(self, suffix) for suffix in self._suffixes(layer)]
+        (steps, batch, _), directions = x.shape, len(weights)
+        h_mask, kept = None, None
+        options: dict[str, Any] = dict(lengths=lengths, backend=self.backend)
+        if self.training and self.recurrent_dropout:
+            h_mask = dropout_mask((directions, batch, self.hidden_size), self.recurrent_dropout, x)
+        if self.zoneout_h or self.zoneout_c:
+            options["zoneout"] = (self.zoneout_h, self.zoneout_c)
+            if self.training:
+                shape = (steps, batch, directions * self.hidden_size)
+                kept = zoneout_mask(shape, self.zoneout_h, self.zoneout_c, x.device)
+        # One call for both directions where one launch takes both; elsewhere nothing is gained by stacking the weights.
+        if directions == 2 and not self.proj_size and resolve_backend(self.backend, x.device) == "triton":
+            stacked = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
+            return self._call(x, h_0, c_0, stacked, h_mask=h_mask, zoneout_mask=kept, **options)
+        results = []
+        for d, own in enumerate(weights):
+            states = (None if s is None else s[d] for s in (h_0, c_0))
+            own_mask = None if h_mask is None else h_mask[d]
+            own_kept = None if kept is None else kept.chunk(directions, dim=2)[d]
+            masks = dict(h_mask=own_mask, zoneout_mask=own_kept)
+            results.append(self._call(x, *states, own, reverse=d == 1, **masks, **options))
+        y, h_n, c_n = zip(*results, strict=True)
+        return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
+
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call the cell's function."""
+        raise NotImplementedError
+
+    def _suffixes(self, layer: int) -> list[str]:
+        return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
+
+    def _check_input(self, x: Tensor) -> None:
+        """Check x [T, B, I]."""
+        weight = self.weight_ih_l0
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if x.device != weight.device:
+            raise RuntimeError(
+                f"Input and parameter tensors are not at the same device, found input tensor at {x.device} and "
+                f"parameter tensor at {weight.device}"
+            )
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
+            )
+        if x.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _check_state(self, hx: Any, x: Tensor, batched: bool) -> State:
+        """Check the states for x [T, B, I]; return them with their dimension of rows."""
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+            raise TypeError(
+                f"{type(self).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}"
+            )
+        rank = 3 if batched else 2
+        if any(s.dim() != rank for s in hx):
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {rank}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        h_0, c_0 = (s if batched else s.unsqueeze(1) for s in hx)
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        for position, (s, units) in enumerate(((h_0, self.proj_size or self.hidden_size), (c_0, self.hidden_size))):
+            expected = (layers, x.shape[1], units)
+            if tuple(s.shape) != expected:
+                raise RuntimeError(f"Expected hidden[{position}] size {expected}, got {list(s.shape)}")
+            if s.device != x.device:
+                raise RuntimeError(
+                    f"Input and hidden tensors are not at the same device, found input tensor at {x.device} and "
+                    f"hidden tensor at {s.device}"
+                )
+            if s.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise RuntimeError(
+                    "Input and hidden tensors are not the same dtype, found input tensor with "
+                    f"{_scalar_type(x)} and hidden tensor with {_scalar_type(s)}"
+                )
+        return h_0, c_0
+
+
+class NovoLSTM(RecurrentLayer):
     r"""A stacked, optionally bidirectional NovoLSTM, called like `torch.nn.LSTM`.
 
     An LSTM whose input gate is i = gain · LayerNorm(σ(z_i)) · softmax(z_p), both over the hidden units (equations:
-    `novolstm_triton.reference.novolstm`). Two facts to know before use: the gate is signed, because the
-    normalisation centres it, and it is O(1/H), so that at large H a layer with gate_gain=1 starts nearly silent.
+    `novolstm_triton.reference.step`). Two facts to know before use: the gate is signed, because the normalisation
+    centres it, and it is O(1/H), so that at large H a layer with gate_gain=1 starts nearly silent.
 
     Args:
-        input_size: number of features of x.
+        input_size: number of features of the input.
         hidden_size: number of units H.
         num_layers: number of stacked layers.
         bias: with False, no bias_ih and bias_hh.
-        batch_first: x and y are [B, T, ·] instead of [T, B, ·]. States keep their shape.
+        batch_first: input and output are [B, T, ·] instead of [T, B, ·]. States keep their shape.
         dropout: probability of the dropout after every layer but the last.
         bidirectional: run every layer in both directions and concatenate their outputs.
-        proj_size: not supported yet; anything but 0 raises NotImplementedError.
+        proj_size: if above 0, h is projected to so many units P by weight_hr.
         device: where the parameters live.
         dtype: dtype of the parameters.
         variant: "formula" (default) or "notebook", the function its author published as code.
-        ln_eps: ε of the layer normalisation; None means 1e-5 (formula) or 1e-3 (notebook).
+        layer_norm: "input_gate" (default), or "all": z_f, z_g and z_o are normalised, too, over the units.
+        ln_eps: ε of the layer normalisations; None means 1e-5 (formula) or 1e-3 (notebook).
         gate_gain: constant factor on the input gate, or "hidden" for H, which makes the gate O(1).
+        recurrent_dropout: probability with which a unit of h is hidden from weight_hh, by one mask per sequence (Gal
+            and Ghahramani 2016), in training.
+        zoneout_h: probability with which a unit of h keeps its value in a step, in training; otherwise h moves by the
+            expectation (Krueger et al. 2017).
+        zoneout_c: likewise, of c.
         backend: "auto", "reference", "torch" or "triton"; see `novolstm_triton.functional.novolstm`.
 
     Parameters of layer k, `_reverse` appended for the second direction, rows in blocks i|f|g|o|p:
-        weight_ih_l{k} [5H, I or D·H], weight_hh_l{k} [5H, H] (notebook: [4H, H]), bias_ih_l{k} [5H],
-        bias_hh_l{k} [5H] (notebook: [4H]), ln_weight_l{k} [H], ln_bias_l{k} [H]. Weights and biases start as
-        U(−1/√H, 1/√H), like nn.LSTM's; ln_weight as one, ln_bias as zero.
+        weight_ih_l{k} [5H, I or D·P], weight_hh_l{k} [5H, P] (notebook: [4H, P]), bias_ih_l{k} [5H],
+        bias_hh_l{k} [5H] (notebook: [4H]), weight_hr_l{k} [P, H] if projected, ln_weight_l{k} and ln_bias_l{k} [H]
+        (layer_norm="all": [4H], blocks i|f|g|o). Weights and biases start as U(−1/√H, 1/√H), like nn.LSTM's;
+        ln_weight as one, ln_bias as zero.
 
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range.
-        NotImplementedError: proj_size other than 0.
     """
 
     def __init__(
@@ -62,193 +365,204 @@ class NovoLSTM(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         variant: str = "formula",
+        layer_norm: str = "input_gate",
         ln_eps: float | None = None,
         gate_gain: float | str = 1.0,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-            if value <= 0:
-                raise ValueError(f"{name} must be greater than zero")
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-            )
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(
-                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
-                stacklevel=2,
-            )
-        if proj_size != 0:
-            raise NotImplementedError("NovoLSTM has no projection yet: leave proj_size at 0")
-        if variant not in RECURRENT_GATES:
-            raise ValueError(f"variant: expected one of {sorted(RECURRENT_GATES)}, got {variant!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-        if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
-            raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.proj_size = proj_size
+        cell = novolstm_cell(variant, layer_norm)
+        check_gate_gain(gate_gain)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__(cell, *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
         self.variant = variant
-        self.ln_eps = DEFAULT_EPS[variant] if ln_eps is None else float(ln_eps)
+        self.layer_norm = layer_norm
+        self.ln_eps = CELLS[cell].eps if ln_eps is None else float(ln_eps)
         self.gate_gain = gate_gain
-        self.backend = backend
 
-        directions = 2 if bidirectional else 1
-        blocks = RECURRENT_GATES[variant]
-        for layer in range(num_layers):
-            features = input_size if layer == 0 else directions * hidden_size
-            shapes = {"weight_ih": (5 * hidden_size, features), "weight_hh": (blocks * hidden_size, hidden_size)}
-            if bias:
-                shapes |= {"bias_ih": (5 * hidden_size,), "bias_hh": (blocks * hidden_size,)}
-            shapes |= {"ln_weight": (hidden_size,), "ln_bias": (hidden_size,)}
-            for suffix in self._suffixes(layer):
-                for name, shape in shapes.items():
-                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-                    self.register_parameter(name + suffix, parameter)
-        self.reset_parameters()
+    def _defaults(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._defaults()
+        yield from {"variant": "formula", "layer_norm": "input_gate"}.items()
+        yield "ln_eps", CELLS[novolstm_cell(self.variant, self.layer_norm)].eps
+        yield "gate_gain", 1.0
 
-    def reset_parameters(self) -> None:
-        """Draw all weights and biases from U(−1/√H, 1/√H); set the normalisation to the identity."""
-        bound = 1.0 / math.sqrt(self.hidden_size)
-        for name, parameter in self.named_parameters():
-            if name.startswith("ln_weight"):
-                nn.init.ones_(parameter)
-            elif name.startswith("ln_bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.uniform_(parameter, -bound, bound)
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return call_novolstm(self, x, h_0, c_0, weights, **options)
 
-    def forward(
+
+class LSTM(RecurrentLayer):
+    r"""A drop-in for `torch.nn.LSTM`: the same function, parameters and call, on this library's engine.
+
+    Args:
+        input_size: number of features of the input.
+        hidden_size: number of units H.
+        num_layers: number of stacked layers.
+        bias: with False, no bias_ih and bias_hh.
+        batch_first: input and output are [B, T, ·] instead of [T, B, ·]. States keep their shape.
+        dropout: probability of the dropout after every layer but the last.
+        bidirectional: run every layer in both directions and concatenate their outputs.
+        proj_size: if above 0, h is projected to so many units P by weight_hr.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+        recurrent_dropout: probability with which a unit of h is hidden from weight_hh, by one mask per sequence, in
+            training.
+        zoneout_h: probability with which a unit of h keeps its value in a step, in training; else the expectation.
+        zoneout_c: likewise, of c.
+        backend: "auto", "reference", "torch" or "triton"; see `novolstm_triton.functional.lstm`.
+
+    Parameters, names and shapes are nn.LSTM's, so that `load_state_dict` takes those of an nn.LSTM.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
         self,
-        x: Tensor,
-        state: tuple[Tensor, Tensor] | None = None,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the layers over a batch of sequences, or over one unbatched sequence.
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        zoneout_c: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        super().__init__("lstm", *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
 
-        D is 2 if bidirectional, else 1; L is num_layers.
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return lstm(x, h_0, c_0, **weights, **options)
 
-        Args:
-            x: [T, B, I], or [B, T, I] with batch_first, or unbatched [T, I].
-            state: (h_0, c_0), each [L·D, B, H] ([L·D, H] if unbatched); zeros if None.
-            lengths: [B] integers, the valid steps of each row; y is zero after them. Not with unbatched input.
 
-        Returns:
-            y [T, B, D·H] (or batch first, or unbatched, as x), and (h_n, c_n) with the shapes of the states.
+S = TypeVar("S")
 
-        Raises:
-            ValueError, RuntimeError: shapes that do not fit, in nn.LSTM's words.
-            TypeError: a state that is no pair of tensors, or a wrong dtype.
-            NotImplementedError: a PackedSequence.
-        """
-        if isinstance(x, PackedSequence):
-            raise NotImplementedError("NovoLSTM takes no PackedSequence yet: pass the padded tensor and lengths=")
-        batched = x.dim() == 3
-        if x.dim() not in (2, 3):
-            raise ValueError(f"NovoLSTM: Expected input to be 2D or 3D, got {x.dim()}D instead")
-        if x.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
-            )
-        if not batched and lengths is not None:
-            raise ValueError("lengths needs batched input, got an unbatched sequence: slice it instead")
-        if not batched:
-            x = x.unsqueeze(1)
-        elif self.batch_first:
-            x = x.transpose(0, 1)
-        h_0, c_0 = self._initial_state(x, state, batched)
 
-        outputs, h_n, c_n = x, [], []
-        for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                outputs = nn.functional.dropout(outputs, self.dropout, self.training)
-            outputs, h, c = self._run_layer(layer, outputs, h_0, c_0, lengths)
-            h_n.extend(h)
-            c_n.extend(c)
+def detach_state(state: S) -> S:
+    """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
 
-        h_n, c_n = torch.stack(h_n), torch.stack(c_n)
-        if not batched:
-            return outputs.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return (outputs.transpose(0, 1) if self.batch_first else outputs), (h_n, c_n)
+    Args:
+        state: None, a tensor, or any nesting of tuples and lists of these, like the (h, c) that layers return.
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments, leaving out defaults, like nn.LSTM."""
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        defaults |= {"variant": "formula", "gate_gain": 1.0, "backend": "auto"}
-        shown = [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+    Raises:
+        TypeError: it holds something else.
+    """
+    if state is None:
+        return state
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, (tuple, list)):
+        return type(state)(detach_state(s) for s in state)
+    raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
 
-    def _run_layer(
-        self, layer: int, x: Tensor, h_0: Tensor, c_0: Tensor, lengths: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-        """Return one layer's y [T, B, D·H] and, for each direction, h_n and c_n [B, H]; h_0 and c_0 are [L·D, B, H]."""
-        weights = [self._weights(suffix) for suffix in self._suffixes(layer)]
-        first, directions = layer * len(weights), range(len(weights))
-        options: dict[str, Any] = dict(
-            eps=self.ln_eps,
-            gate_gain=float(self.hidden_size) if self.gate_gain == "hidden" else float(self.gate_gain),
-            variant=self.variant,
-            lengths=lengths,
-            backend=self.backend,
-        )
-        # Elsewhere nothing is gained by stacking the weights.
-        if self.bidirectional and resolve_backend(self.backend, x.device) == "triton":
-            states = (s[first : first + 2] for s in (h_0, c_0))
-            stacked = (torch.stack(pair) if pair[0] is not None else None for pair in zip(*weights, strict=True))
-            y, h_n, c_n = novolstm_bidirectional(x, *states, *stacked, **options)
-            return y, h_n.unbind(0), c_n.unbind(0)
-        results = [
-            novolstm(x, h_0[first + d], c_0[first + d], *weights[d], reverse=d == 1, **options) for d in directions
-        ]
-        outputs, h_n, c_n = zip(*results, strict=True)
-        return (torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]), h_n, c_n
 
-    def _suffixes(self, layer: int) -> list[str]:
-        return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
+_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "ln_weight", "ln_bias")
+"""Names of a layer's parameters, in the order of registration; not every layer has them all."""
 
-    def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        bias = None
-        if self.bias:
-            bias, recurrent = getattr(self, "bias_ih" + suffix), getattr(self, "bias_hh" + suffix)
-            missing = bias.shape[0] - recurrent.shape[0]
-            bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
-        weights = [getattr(self, name + suffix) for name in ("weight_ih", "weight_hh", "ln_weight", "ln_bias")]
-        return weights[0], weights[1], bias, weights[2], weights[3]
 
-    def _initial_state(self, x: Tensor, state: tuple[Tensor, Tensor] | None, batched: bool) -> tuple[Tensor, Tensor]:
-        """Check the given states, or make zeros; [L·D, B, H] each. x is [T, B, I]."""
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        expected = (layers, x.shape[1], self.hidden_size)
-        if state is None:
-            dtype = self.get_parameter("weight_ih_l0").dtype
-            zeros = torch.zeros(expected, dtype=dtype, device=x.device)
-            return zeros, zeros
-        if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(s, Tensor) for s in state):
-            raise TypeError(f"NovoLSTM: Expected the state to be a tuple (h_0, c_0), got {type(state).__name__}")
-        rank = 3 if batched else 2
-        for s in state:
-            if s.dim() != rank:
-                kind = "batched 3-D" if batched else "unbatched 2-D"
-                raise RuntimeError(
-                    f"For {kind} input, hx and cx should also be {rank}-D but got "
-                    f"({state[0].dim()}-D, {state[1].dim()}-D) tensors"
-                )
-        h_0, c_0 = state if batched else (state[0].unsqueeze(1), state[1].unsqueeze(1))
-        for position, s in ((0, h_0), (1, c_0)):
-            if tuple(s.shape) != expected:
-                raise RuntimeError(f"Expected hidden[{position}] size {expected}, got {list(s.shape)}")
-        return h_0, c_0
+def parameter_shapes(
+    cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's parameters by their names without suffix, for an input of so many features."""
+    blocks = CELLS[cell]
+    gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (gates, features),
+        "weight_hh": (recurrent, proj_size or hidden),
+    }
+    if bias:
+        shapes |= {"bias_ih": (gates,), "bias_hh": (recurrent,)}
+    if proj_size:
+        shapes |= {"weight_hr": (proj_size, hidden)}
+    if norms:
+        shapes |= {"ln_weight": (norms,), "ln_bias": (norms,)}
+    return shapes
+
+
+def reset_parameters(module: nn.Module, hidden: int) -> None:
+    """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
+    bound = 1.0 / math.sqrt(hidden)
+    for name, parameter in module.named_parameters():
+        if name.startswith("ln_weight"):
+            nn.init.ones_(parameter)
+        elif name.startswith("ln_bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+def layer_weights(module: nn.Module, suffix: str) -> dict[str, Tensor]:
+    """Return the parameters of one layer and direction, the two biases added, as the functions' keyword arguments."""
+    weights = {name: getattr(module, name + suffix, None) for name in _PARAMETERS}
+    bias_ih, bias_hh = weights.pop("bias_ih"), weights.pop("bias_hh")
+    bias = None
+    if bias_ih is not None and bias_hh is not None:
+        missing = bias_ih.shape[0] - bias_hh.shape[0]
+        bias = bias_ih + (nn.functional.pad(bias_hh, (0, missing)) if missing else bias_hh)
+    elif hasattr(module, "weight_ih" + suffix):
+        weight = weights["weight_ih"]
+        bias = weight.new_zeros(weight.shape[0])
+    return {name: w for name, w in {**weights, "bias": bias}.items() if w is not None}
+
+
+def call_novolstm(
+    module: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call `novolstm` with the options of a layer or a single cell."""
+    gain = module.hidden_size if module.gate_gain == "hidden" else module.gate_gain
+    own = dict(eps=module.ln_eps, gate_gain=float(gain), variant=module.variant, layer_norm=module.layer_norm)
+    return novolstm(x, h_0, c_0, **weights, **own, **options)
+
+
+def check_positive(**sizes: Any) -> None:
+    """Raise TypeError or ValueError, in nn.LSTM's words, unless every size is a positive integer."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if there is no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+
+
+def check_gate_gain(gate_gain: float | str) -> None:
+    """Raise ValueError if this is neither a number nor "hidden"."""
+    if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
+        raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _described(value: Any) -> str:
+    """Return a wrong state as a short phrase."""
+    if isinstance(value, Tensor):
+        return f"a Tensor {list(value.shape)}: an LSTM has two states"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
+    return type(value).__name__
+
+
+def _scalar_type(tensor: Tensor) -> str:
+    """Return a dtype's name as PyTorch's C++ messages spell it."""
+    names = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16"}
+    name = str(tensor.dtype).removeprefix("torch.")
+    return names.get(name, name.capitalize())

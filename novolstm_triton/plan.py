@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from novolstm_triton.cells import CELLS, Cell
+
 if TYPE_CHECKING:
     from novolstm_triton.tuned import TunedPlans
 
@@ -71,7 +73,8 @@ class KernelPlan:
     ctas: int
     """Thread blocks of the cluster that is one program; 1 unless `exchange` is "cluster"."""
     exchanges: int
-    """Exchanges among slices in a step: two, or, in backward at the price of a few products more, one."""
+    """Exchanges among slices in a step: two, or, in backward at the price of a few products more, one; the plain LSTM
+    has one anyway."""
     tiles: int
     """Batch tiles in all, those of every direction."""
     tiles_per_launch: int
@@ -139,8 +142,8 @@ def forced(
         exchange: "none" (one slice), "barrier", "words" (resident weights only), or "cluster" (resident weights, NVIDIA
             compute capability 9.0 or newer, Triton 3.9 or newer).
         ctas: thread blocks per cluster, 2, 4, 8 or 16 with exchange="cluster"; 1 with any other.
-        exchanges: exchanges per step of backward with several slices, 2, or 1: companion products (kernels/README.md)
-            save the second one. Forward needs two.
+        exchanges: exchanges per step of NovoLSTM's backward with several slices, 2, or 1: companion products
+            (kernels/README.md) save the second one. Its forward needs two, the plain LSTM one.
         num_warps: warps per program, a power of two from 1 to 32.
         overlap: make the input products of the next chunk on a stream of their own, under forward's recurrence of this
             one (on a GPU).
@@ -210,20 +213,21 @@ def _pinned_chunk() -> int | None:
     return _pins.get().chunk
 
 
-def chunk_steps(batch: int, hidden: int, itemsize: int, backend: str) -> int:
+def chunk_steps(batch: int, hidden: int, gates: int, itemsize: int, backend: str) -> int:
     """Return how many time steps run as one chunk, at most: a shorter sequence is a single one.
 
     The length takes no part, so that torch.compile does not compile again when it changes.
 
-    On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, 5H] are the largest buffer of a call.
+    On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, G·H] are the largest buffer of a call.
     On a CPU ("torch") its buffers should stay in the caches: about 2^16 units, yet enough rows for the products that
     make the weights' gradients, and few enough steps that preparing them costs little.
     """
     if (chunk := _pinned_chunk()) is not None:
         return chunk
     if backend == "torch":
-        return min(64, max(8, 256 // batch, 2**16 // (batch * hidden)))
-    return max(16, CHUNK_BYTES // (batch * hidden * 5 * itemsize))
+        longest = torch.sym_max(256 // batch, 2**16 // (batch * hidden))
+        return torch.sym_min(64, torch.sym_max(8, longest))
+    return torch.sym_max(16, CHUNK_BYTES // (batch * hidden * gates * itemsize))
 
 
 CHUNK_BYTES = 2**26
@@ -236,7 +240,7 @@ def plan(
     dtype: torch.dtype,
     device: Device,
     *,
-    recurrent: int = 5,
+    cell: str = "formula",
     directions: int = 1,
     pins: Pins | None = None,
     plans: "TunedPlans | None" = None,
@@ -248,7 +252,7 @@ def plan(
         batch: rows B.
         dtype: dtype of x and the weights.
         device: properties of the GPU (`pins.device` outranks it).
-        recurrent: gates with a recurrent weight.
+        cell: its name in `novolstm_triton.cells.CELLS`.
         directions: directions that run side by side, 1 or 2, each with batch tiles of its own.
         pins: choices made beforehand; None means those of `forced`.
         plans: plans measured on devices, which outrank the model and are outranked by pins; None means those in force,
@@ -267,8 +271,8 @@ def plan(
     sizes = (hidden, batch, dtype, device)
 
     def best(backward: bool) -> KernelPlan:
-        choices = plans.choose(*sizes, recurrent=recurrent, backward=backward, pins=pins)
-        kernel_plans = candidates(*sizes, recurrent=recurrent, directions=directions, backward=backward, pins=choices)
+        choices = plans.choose(*sizes, cell=cell, backward=backward, pins=pins)
+        kernel_plans = candidates(*sizes, cell=cell, directions=directions, backward=backward, pins=choices)
         return min(kernel_plans, key=lambda c: (c.step_us, c.slices, c.block_b))
 
     return LaunchPlan(forward=best(False), backward=best(True))
@@ -295,7 +299,7 @@ def candidates(
     dtype: torch.dtype,
     device: Device,
     *,
-    recurrent: int = 5,
+    cell: str = "formula",
     directions: int = 1,
     backward: bool,
     pins: Pins,
@@ -307,7 +311,7 @@ def candidates(
         batch: rows B.
         dtype: dtype of x and the weights.
         device: properties of the GPU; `pins.device` is not looked at.
-        recurrent: gates with a recurrent weight.
+        cell: its name in `novolstm_triton.cells.CELLS`.
         directions: directions that run side by side, 1 or 2.
         backward: whether the kernel is backward's or forward's.
         pins: choices made beforehand.
@@ -333,7 +337,7 @@ def candidates(
         slow = batch >= 1024 and _has_wgmma(device) and slicing.slices > 1 and block_b < 64 and not backward
         for block_k, num_stages in _loops_k(hidden, itemsize, slicing, resident, backward, pins):
             tile = (block_b, slicing.block_n, block_k, num_stages)
-            sizes = (hidden, batch, itemsize, device, recurrent, directions)
+            sizes = (hidden, batch, itemsize, device, CELLS[cell], directions)
             candidate = _candidate(*sizes, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
             if candidate.smem_bytes <= device.smem_bytes:
@@ -464,7 +468,7 @@ def _candidate(
     batch: int,
     itemsize: int,
     device: Device,
-    recurrent: int,
+    cell: Cell,
     directions: int,
     slicing: _Slicing,
     tile: tuple[int, int, int, int],
@@ -473,6 +477,7 @@ def _candidate(
     pins: Pins,
 ) -> KernelPlan:
     (slices, units, _, ctas), (block_b, block_n, block_k, num_stages) = slicing, tile
+    recurrent = cell.recurrent
     padded_k = -(-hidden // block_k) * block_k
     local = resident and slices == 1 and block_k == block_n
     tiles = directions * -(-batch // block_b)
@@ -494,7 +499,9 @@ def _candidate(
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
     thrifty = backward and resident and block_b == 16 and (block_k <= 256 if num_warps == 8 else directions == 2)
-    exchanges = pins.exchanges or 2 if backward and slices > 1 else 2
+    exchanges = 2 if cell.normalised else 1
+    if pins.exchanges and backward and slices > 1 and cell.normalised:
+        exchanges = pins.exchanges
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize

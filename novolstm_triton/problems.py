@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from novolstm_triton.functional import novolstm, novolstm_bidirectional
-from novolstm_triton.reference import RECURRENT_GATES
+from novolstm_triton.cells import CELLS
+from novolstm_triton.functional import lstm, novolstm
 
 INPUTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
 RESULTS = ("y", "h_n", "c_n", *(f"grad {name}" for name in INPUTS))
@@ -22,25 +23,31 @@ class Problem:
     batch: int
     hidden: int
     inputs_size: int = 3
-    variant: str = "formula"
+    cell: str = "formula"
     lengths: bool = False
     reverse: bool = False
     bidirectional: bool = False
+    h_mask: bool = False
+    zoneout: str = "none"
+    """"none", "masks" or "average"."""
+    projection: int = 0
     seed: int = 0
     device: str = "cpu"
 
     def __str__(self) -> str:
         """Return sizes and options as one short word."""
-        flags = [self.variant, *(flag for flag in ("lengths", "reverse", "bidirectional") if getattr(self, flag))]
+        flags = [self.cell, *(flag for flag in ("lengths", "reverse", "bidirectional", "h_mask") if getattr(self, flag))]
+        flags += [] if self.zoneout == "none" else [f"zoneout_{self.zoneout}"]
+        flags += [f"P{self.projection}"] if self.projection else []
         return f"T{self.steps}-B{self.batch}-H{self.hidden}-{'-'.join(flags)}"
 
     @property
     def gate_gain(self) -> float:
         """A gain with which the gate matters: without one the formula's is O(1/H)."""
-        return float(self.hidden) if self.variant == "formula" else 1.0
+        return float(self.hidden) if self.cell.startswith("formula") else 1.0
 
     def draw(self) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-        """Return the eight inputs in float64, the lengths, and gradients of y, h_n and c_n.
+        """Return the inputs in float64 (eight, or nine with a projection), the lengths, gradients of y, h_n and c_n.
 
         All but x and the lengths have a leading dimension of two if the problem is bidirectional.
         """
@@ -49,25 +56,60 @@ class Problem:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
-        hidden, recurrent = self.hidden, RECURRENT_GATES[self.variant] * self.hidden
+        hidden, cell, seen = self.hidden, CELLS[self.cell], self.projection or self.hidden
+        gates, norms = len(cell.gates) * hidden, len(cell.normalised) * hidden
         both = (2,) if self.bidirectional else ()
         inputs = [
             normal(self.steps, self.batch, self.inputs_size),
+            normal(*both, self.batch, seen),
             normal(*both, self.batch, hidden),
-            normal(*both, self.batch, hidden),
-            normal(*both, 5 * hidden, self.inputs_size, scale=self.inputs_size**-0.5),
-            normal(*both, recurrent, hidden, scale=hidden**-0.5),
-            normal(*both, 5 * hidden, scale=0.5),
-            1 + normal(*both, hidden, scale=0.3),
-            normal(*both, hidden, scale=0.3),
+            normal(*both, gates, self.inputs_size, scale=self.inputs_size**-0.5),
+            normal(*both, cell.recurrent * hidden, seen, scale=hidden**-0.5),
+            normal(*both, gates, scale=0.5),
+            1 + normal(*both, norms, scale=0.3),
+            normal(*both, norms, scale=0.3),
         ]
         grads = [
-            normal(self.steps, self.batch, math.prod(both) * hidden),
-            normal(*both, self.batch, hidden),
+            normal(self.steps, self.batch, math.prod(both) * seen),
+            normal(*both, self.batch, seen),
             normal(*both, self.batch, hidden),
         ]
         lengths = torch.randint(0, self.steps + 1, (self.batch,), generator=generator) if self.lengths else None
+        if self.projection:
+            inputs.append(normal(*both, seen, hidden, scale=hidden**-0.5))
         return inputs, lengths, grads
+
+    def options(self) -> dict[str, Any]:
+        """Return the call's options but for the lengths and the backend; masks are drawn from the seed."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        directions = 2 if self.bidirectional else 1
+        options: dict[str, Any] = {}
+        if self.cell != "lstm":
+            variant, _, every = self.cell.partition("_")
+            options |= dict(variant=variant, layer_norm=every or "input_gate", gate_gain=self.gate_gain)
+        if not self.bidirectional:
+            options["reverse"] = self.reverse
+        if self.h_mask:
+            shape = (*[2] * self.bidirectional, self.batch, self.hidden)
+            options["h_mask"] = (torch.rand(shape, generator=generator) < 0.5).double() * 2
+        if self.zoneout == "masks":
+            shape = (self.steps, self.batch, directions * self.hidden)
+            options["zoneout_mask"] = torch.randint(0, 4, shape, generator=generator, dtype=torch.uint8)
+        elif self.zoneout == "average":
+            options["zoneout"] = (0.25, 0.125)
+        return options
+
+    def call(self, inputs: Sequence[Tensor], lengths: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, h_n and c_n of inputs like those of `draw`, in any dtype."""
+        options, device = self.options(), inputs[0].device
+        for name, dtype in (("h_mask", inputs[0].dtype), ("zoneout_mask", torch.uint8)):
+            if name in options:
+                options[name] = options[name].to(device, dtype)
+        if self.projection:
+            *inputs, options["weight_hr"] = inputs
+        if self.cell == "lstm":
+            return lstm(*inputs[:6], lengths=lengths, backend=backend, **options)
+        return novolstm(*inputs, lengths=lengths, backend=backend, **options)
 
     def run(self, backend: str, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return y, h_n, c_n and every gradient, computed in `dtype` from inputs that were rounded to `rounded`."""
@@ -75,13 +117,13 @@ class Problem:
         rounded = rounded or dtype
         inputs = [a.to(self.device, rounded).to(dtype).requires_grad_() for a in inputs]
         lengths = None if lengths is None else lengths.to(self.device)
-        options: dict[str, Any] = dict(gate_gain=self.gate_gain, variant=self.variant, lengths=lengths, backend=backend)
-        if self.bidirectional:
-            outputs = novolstm_bidirectional(*inputs, **options)
-        else:
-            outputs = novolstm(*inputs, reverse=self.reverse, **options)
-        gradients = torch.autograd.grad(outputs, inputs, [g.to(self.device, rounded).to(dtype) for g in grads])
-        return dict(zip(RESULTS, (*(o.detach() for o in outputs), *gradients), strict=True))
+        outputs = self.call(inputs, lengths, backend)
+        # γ and β of a cell without normalisation are empty.
+        named = {name: a for name, a in zip((*INPUTS, "weight_hr"), inputs, strict=False) if a.numel()}
+        outgoing = [g.to(self.device, rounded).to(dtype) for g in grads]
+        gradients = torch.autograd.grad(outputs, list(named.values()), outgoing)
+        results = dict(zip(RESULTS[:3], (o.detach() for o in outputs), strict=True))
+        return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
 
 
 def errors(result: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:

@@ -1,20 +1,61 @@
-"""The equations of NovoLSTM as a plain PyTorch loop: the definition that every other backend is tested against."""
+"""The equations of every cell as a plain PyTorch loop: the definition that every other backend is tested against."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-GATES = ("i", "f", "g", "o", "p")
-"""Gate blocks in the row order of every weight and bias; p is the softmax branch of the input gate."""
-
-RECURRENT_GATES = {"formula": 5, "notebook": 4}
-"""How many of the gate blocks have a recurrent weight, per variant: the notebook's p sees the input only."""
-
-DEFAULT_EPS = {"formula": 1e-5, "notebook": 1e-3}
-"""Epsilon of the layer normalisation, per variant."""
+from novolstm_triton.cells import CELLS
 
 
-def novolstm(
+def step(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight_hr: Tensor | None = None,
+    *,
+    eps: float,
+    gate_gain: float,
+    cell: str,
+) -> tuple[Tensor, Tensor]:
+    """Return h and c after one step.
+
+    With z_k = x W_kᵀ + h U_kᵀ + b_k for each gate k of i|f|g|o|p, and LN the layer normalisation over the H units::
+
+        formula:   i = gain · LN(σ(z_i)) · softmax(z_p)
+        notebook:  i = gain · LN(σ(z_i) · softmax(x W_pᵀ + b_p))
+        lstm:      i = σ(z_i)
+        c = σ(z_f) · c + i · tanh(z_g)
+        h = σ(z_o) · tanh(c)                with a projection: h = σ(z_o) · tanh(c) · W_hrᵀ
+
+    In formula_all and notebook_all z_f, z_g and z_o are LN(z_f), LN(z_g) and LN(z_o), each with its own γ and β.
+    """
+    blocks, hidden = CELLS[cell], c.shape[1]
+
+    def norm(gate: str, a: Tensor) -> Tensor:
+        first = blocks.normalised.index(gate) * hidden
+        return layer_norm(a, (hidden,), ln_weight[first : first + hidden], ln_bias[first : first + hidden], eps)
+
+    z = list(torch.addmm(bias, x, weight_ih.t()).chunk(len(blocks.gates), dim=1))
+    for k, recurrent in enumerate((h @ weight_hh.t()).chunk(blocks.recurrent, dim=1)):
+        z[k] = z[k] + recurrent
+    if blocks.gate_norms:
+        z[1:4] = (norm(gate, z_k) for gate, z_k in zip("fgo", z[1:4], strict=True))
+    i = torch.sigmoid(z[0])
+    if cell.startswith("formula"):
+        i = gate_gain * norm("i", i) * torch.softmax(z[4], dim=1)
+    elif cell.startswith("notebook"):
+        i = gate_gain * norm("i", i * torch.softmax(z[4], dim=1))
+    c = torch.sigmoid(z[1]) * c + i * torch.tanh(z[2])
+    h = torch.sigmoid(z[3]) * torch.tanh(c)
+    return (h if weight_hr is None else h @ weight_hr.t()), c
+
+
+def layer(
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor,
@@ -24,57 +65,58 @@ def novolstm(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    kept: Tensor | None = None,
+    weight_hr: Tensor | None = None,
     *,
     eps: float,
     gate_gain: float = 1.0,
-    variant: str = "formula",
+    zoneout_h: float = 0.0,
+    zoneout_c: float = 0.0,
+    cell: str = "formula",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run NovoLSTM over a sequence, step by step, differentiable by autograd (twice, too), in any floating dtype.
-
-    With z_k = x_t W_kᵀ + h U_kᵀ + b_k for k in i|f|g|o|p, one step is::
-
-        formula:   i = gain · LayerNorm(σ(z_i)) · softmax(z_p)
-        notebook:  i = gain · LayerNorm(σ(z_i) · softmax(x_t W_pᵀ + b_p))
-        c = σ(z_f) · c + i · tanh(z_g)
-        h = σ(z_o) · tanh(c)
+    """Run a cell over a sequence, step by step, differentiable by autograd (twice, too), in any floating dtype.
 
     A row whose length is reached keeps its h and c, and its outputs are zero. `reverse` walks from the last step to
-    the first, so a row with a length begins at its own last step.
+    the first, so a row with a length begins at its own last step. Recurrent dropout: h meets weight_hh as h · h_mask,
+    the same in every step (Gal and Ghahramani 2016). Zoneout: a step's c and h keep the values of the step before
+    where their bit of `kept` is set, or, without `kept`, in the proportions zoneout_h and zoneout_c; h is made from
+    the c that the step would have had without (Krueger et al. 2017).
 
     Args:
         x: [T, B, I] input.
-        h_0: [B, H] initial hidden state.
+        h_0: [B, P] initial hidden state; P = H unless there is a projection.
         c_0: [B, H] initial cell state.
-        weight_ih: [5H, I] input weights, blocks i|f|g|o|p.
-        weight_hh: [5H, H] recurrent weights, blocks i|f|g|o|p; [4H, H], blocks i|f|g|o, for the notebook variant.
-        bias: [5H] sum of the input and the recurrent bias.
-        ln_weight: [H] γ of the layer normalisation.
-        ln_bias: [H] β of the layer normalisation.
+        weight_ih: [G·H, I] input weights, a block for each of the cell's gates: i|f|g|o, NovoLSTM i|f|g|o|p.
+        weight_hh: [R·H, P] recurrent weights of the first R gates: all of them, or i|f|g|o for the notebook variant.
+        bias: [G·H] sum of the input and the recurrent bias.
+        ln_weight: [N·H] γ of the normalised gates: none, i, or i|f|g|o.
+        ln_bias: [N·H] β of the same.
         lengths: [B] integers, the number of valid steps of each row, or None.
-        eps: ε of the layer normalisation.
-        gate_gain: constant factor on the input gate.
-        variant: "formula" or "notebook".
+        h_mask: [B, P] mask of recurrent dropout, with the factor that makes up for what is dropped, or None.
+        kept: [T, B, P] uint8 masks of zoneout, or None; bit 0: h keeps its value, bit 1: c does (then P must be H).
+        weight_hr: [P, H] projection, or None.
+        eps: ε of the layer normalisations.
+        gate_gain: constant factor on NovoLSTM's input gate.
+        zoneout_h: share of h that is kept where there are no masks.
+        zoneout_c: likewise, of c.
+        cell: its name in `novolstm_triton.cells.CELLS`.
         reverse: walk the sequence from its end.
 
     Returns:
-        y [T, B, H], h_n [B, H], c_n [B, H].
+        y [T, B, P], h_n [B, P], c_n [B, H].
     """
-    steps, hidden = x.shape[0], h_0.shape[1]
+    weights = (weight_ih, weight_hh, bias, ln_weight, ln_bias, weight_hr)
     h, c = h_0, c_0
-    y = [h_0] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
-        z = list(torch.addmm(bias, x[t], weight_ih.t()).chunk(5, dim=1))
-        for k, recurrent in enumerate((h @ weight_hh.t()).chunk(RECURRENT_GATES[variant], dim=1)):
-            z[k] = z[k] + recurrent
-        z_i, z_f, z_g, z_o, z_p = z
-        s, p = torch.sigmoid(z_i), torch.softmax(z_p, dim=1)
-        if variant == "formula":
-            i = layer_norm(s, (hidden,), ln_weight, ln_bias, eps) * p
-        else:
-            i = layer_norm(s * p, (hidden,), ln_weight, ln_bias, eps)
-        c_next = torch.sigmoid(z_f) * c + gate_gain * i * torch.tanh(z_g)
-        h_next = torch.sigmoid(z_o) * torch.tanh(c_next)
+    y = [h_0] * x.shape[0]
+    for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
+        h_seen = h if h_mask is None else h * h_mask
+        h_next, c_next = step(x[t], h_seen, c, *weights, eps=eps, gate_gain=gate_gain, cell=cell)
+        if kept is not None:
+            h_next, c_next = torch.where(kept[t] & 1 != 0, h, h_next), torch.where(kept[t] & 2 != 0, c, c_next)
+        elif zoneout_h or zoneout_c:
+            h_next, c_next = torch.lerp(h_next, h, zoneout_h), torch.lerp(c_next, c, zoneout_c)
         if lengths is None:
             h, c, y[t] = h_next, c_next, h_next
         else:

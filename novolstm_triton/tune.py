@@ -18,7 +18,6 @@ from novolstm_triton import environment, plan, tuned
 from novolstm_triton.isolated import CallError, Isolated
 from novolstm_triton.plan import Device, Pins
 from novolstm_triton.problems import excess
-from novolstm_triton.reference import RECURRENT_GATES
 from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import DTYPES, Entry, Key
 
@@ -45,7 +44,7 @@ def keys(hidden: Sequence[int], batch: Sequence[int], dtype: Sequence[str], vari
     """Yield a key for each combination and both directions."""
     for v, d, h, b in itertools.product(variant, dtype, hidden, batch):
         for direction in ("forward", "backward"):
-            yield Key(h, b, d, RECURRENT_GATES[v], direction)
+            yield Key(h, b, d, v, direction)
 
 
 def tune(
@@ -233,7 +232,7 @@ def _candidates(key: Key, device: Device, pins: Pins) -> list[plan.KernelPlan]:
         key.batch,
         DTYPES[key.dtype],
         device,
-        recurrent=key.recurrent,
+        cell=key.cell,
         backward=key.direction == "backward",
         pins=pins,
     )

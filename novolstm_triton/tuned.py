@@ -1,10 +1,10 @@
 """Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `tune.py` writes them.
 
 A file says on which device and with which versions it was measured, and holds an entry for each hidden size, batch,
-dtype, number of recurrent gates and direction: the plan's choices, and the time of a step under them. The format is
+dtype, cell and direction: the plan's choices, and the time of a step under them. The format is
 described in plans/README.md, where the files of this package lie.
 
-An entry is for one hidden size, dtype, number of recurrent gates and direction, on a device that is equal in every
+An entry is for one hidden size, dtype, cell and direction, on a device that is equal in every
 property. Of these the one with the nearest batch at or above the layer's is taken, else the model of `plan.py` decides.
 A pin that contradicts an entry sets all of it aside.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
 from novolstm_triton.plan import Device, KernelPlan, Pins
 
 SCHEMA = 1
@@ -54,19 +55,19 @@ class Key:
     batch: int
     dtype: str
     """A name in `DTYPES`."""
-    recurrent: int
-    """Gates with a recurrent weight."""
+    cell: str
+    """Its name in `novolstm_triton.cells.CELLS`."""
     direction: str
     """"forward" or "backward"."""
 
     @property
     def kernel(self) -> tuple[int, torch.dtype, int, str]:
         """All of it but the batch."""
-        return self.hidden, DTYPES[self.dtype], self.recurrent, self.direction
+        return self.hidden, DTYPES[self.dtype], self.cell, self.direction
 
     def __str__(self) -> str:
         """Return the key as one short phrase."""
-        return f"H={self.hidden} B={self.batch} {self.dtype} recurrent={self.recurrent} {self.direction}"
+        return f"H={self.hidden} B={self.batch} {self.dtype} {self.cell} {self.direction}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +99,10 @@ class TunedPlans:
     files: tuple[PlanFile, ...] = ()
 
     def find(
-        self, hidden: int, batch: int, dtype: torch.dtype, device: Device, *, recurrent: int = 5, backward: bool
+        self, hidden: int, batch: int, dtype: torch.dtype, device: Device, *, cell: str = "formula", backward: bool
     ) -> tuple[PlanFile, Entry] | None:
         """Return the entry for a layer's kernel and its file, or None if there is none; arguments as of `plan.plan`."""
-        wanted = (hidden, dtype, recurrent, "backward" if backward else "forward")
+        wanted = (hidden, dtype, cell, "backward" if backward else "forward")
         for file in self.files:
             if file.device == device:
                 above = [entry for entry in file.entries if entry.key.kernel == wanted and entry.key.batch >= batch]
@@ -116,12 +117,12 @@ class TunedPlans:
         dtype: torch.dtype,
         device: Device,
         *,
-        recurrent: int = 5,
+        cell: str = "formula",
         backward: bool,
         pins: Pins,
     ) -> Pins:
         """Return the pins with the choices of the entry that applies, or the pins alone if none does."""
-        found = self.find(hidden, batch, dtype, device, recurrent=recurrent, backward=backward)
+        found = self.find(hidden, batch, dtype, device, cell=cell, backward=backward)
         if found is None:
             return pins
         choices = found[1].choices
@@ -268,7 +269,7 @@ def _parse_entry(fields: Any) -> Entry:
     key = Key(**{name: fields[name] for name in kinds})
     for name, value, choices in (
         ("dtype", key.dtype, list(DTYPES)),
-        ("recurrent", key.recurrent, [4, 5]),
+        ("cell", key.cell, list(CELLS)),
         ("direction", key.direction, ["forward", "backward"]),
     ):
         if value not in choices:
@@ -293,7 +294,7 @@ def _check_allowed(entry: Entry, device: Device) -> None:
     with plan.in_force(Pins()), plan.forced(**entry.choices):
         sizes = (key.hidden, key.batch, DTYPES[key.dtype], device)
         backward = key.direction == "backward"
-        plan.candidates(*sizes, recurrent=key.recurrent, backward=backward, pins=plan.pinned())
+        plan.candidates(*sizes, cell=key.cell, backward=backward, pins=plan.pinned())
 
 
 def _expect_fields(fields: dict[str, Any], names: Iterable[str], where: str) -> None:

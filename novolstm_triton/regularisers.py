@@ -1,0 +1,34 @@
+"""Masks of recurrent dropout and of zoneout, drawn from PyTorch's generator of the device.
+
+Whoever restores the generator's state, as activation checkpointing does, gets the same masks again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def dropout_mask(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:
+    """Return factors on h: 0 with the given probability, else 1/(1 − probability), so that the mean is 1.
+
+    Args:
+        shape: [..., B, H].
+        probability: of a unit to be dropped, from 0 to below 1.
+        like: a tensor with the mask's dtype and device.
+    """
+    keep = 1.0 - probability
+    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+
+def zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.device) -> Tensor:
+    """Return which units keep their value in which step: uint8, bit 0 for h, bit 1 for c.
+
+    Args:
+        shape: [T, B, H], for both directions [T, B, 2H].
+        h: probability of a unit of h to keep its value.
+        c: likewise, of c.
+        device: where the mask is wanted.
+    """
+    h_kept, c_kept = (torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(p) for p in (h, c))
+    return h_kept + 2 * c_kept
