@@ -1,22 +1,25 @@
-"""NovoLSTM with a hand-written backward in PyTorch: backend "torch", the CPU's path (equations: `reference.novolstm`).
+"""Every cell with a hand-written backward in PyTorch: backend "torch", the CPU's path (equations: `reference.py`).
 
 Between forward and backward only x, y and c at every chunk border are kept. Backward takes the chunks in reverse order.
 It brings a chunk's gates back by two matrix products, for every h is known by then, and its c by an elementwise scan
 from the border; it turns them into slopes, the factors between dh or dc and the gates' gradients; and so leaves to the
 walk over the steps only what depends on the step after.
 
-Shapes: T steps, B rows, I inputs, H units; n steps in a chunk; R recurrent gate blocks (formula 5, notebook 4). Gates
-lie block by block, [5, n, B, H], in the private order i|f|o|g|p: each block is contiguous and one call takes all
-sigmoids. Their gradients lie row by row, [n, B, 5H], in the public order i|f|g|o|p, to meet the weights as they are.
-Everything is computed in fp32, or fp64 for fp64 tensors.
+Shapes: T steps, B rows, I inputs, H units; n steps in a chunk; G gate blocks, R of them recurrent, N layer
+normalisations. Gates lie block by block, [G, n, B, H], in the private order i|f|o|g|p: each block is contiguous and one
+call takes all sigmoids. Their gradients lie row by row, [n, B, G·H], in the public order i|f|g|o|p, to meet the weights
+as they are. Everything is computed in fp32, or fp64 for fp64 tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from novolstm_triton.cells import CELLS
 
 _PRIVATE_ORDER = (0, 1, 3, 2, 4)
 """The public positions (i|f|g|o|p) of the private gate blocks i|f|o|g|p."""
@@ -37,10 +40,14 @@ def forward(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     *,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,15 +57,19 @@ def forward(
         x: [T, B, I] input.
         h_0: [B, H] initial hidden state.
         c_0: [B, H] initial cell state.
-        weight_ih: [5H, I] input weights, blocks i|f|g|o|p.
-        weight_hh: [5H, H] recurrent weights, blocks i|f|g|o|p; notebook: [4H, H], blocks i|f|g|o.
-        bias: [5H], blocks i|f|g|o|p.
-        ln_weight: [H] γ.
-        ln_bias: [H] β.
+        weight_ih: [G·H, I] input weights, blocks i|f|g|o|p.
+        weight_hh: [R·H, H] recurrent weights of the first R blocks.
+        bias: [G·H].
+        ln_weight: [N·H] γ.
+        ln_bias: [N·H] β.
         lengths: [B] int32 number of valid steps of each row, or None.
-        eps: ε of the layer normalisation.
-        gate_gain: constant factor on the input gate.
-        variant: "formula" or "notebook".
+        h_mask: [B, H] factor on h wherever it meets weight_hh, or None.
+        kept: [T, B, H] uint8 masks of zoneout, or None.
+        eps: ε of the layer normalisations.
+        gate_gain: constant factor on NovoLSTM's input gate.
+        zoneout_h: share of h that a step keeps where there are no masks.
+        zoneout_c: likewise, of c.
+        cell: its name in `novolstm_triton.cells.CELLS`.
         reverse: walk from the last step to the first.
         chunk: steps of a chunk; the one walked last may be shorter.
 
@@ -66,14 +77,15 @@ def forward(
         y [T, B, H], h_n [B, H], c_n [B, H] in the dtype of x, and c_border [⌈T/chunk⌉ + 1, B, H], c before each chunk
         in walking order and after the last, in fp32 (fp64 for fp64 tensors).
     """
-    cell = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, eps, gate_gain, variant)
+    prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
     (steps, batch, _), hidden = x.shape, h_0.shape[1]
-    valid = _valid(lengths, steps)
+    valid, zoneout = _valid(lengths, steps), _Zoneout.of(kept, zoneout_h, zoneout_c, prepared.dtype)
     y = x.new_empty(steps, batch, hidden)
-    walk = _ForwardWalk(cell, min(chunk, steps), h_0, c_0, reverse)
+    walk = _ForwardWalk(prepared, min(chunk, steps), h_0, c_0, reverse)
     borders = [walk.c.clone()]
     for low, high in _spans(steps, chunk, reverse):
-        y[low:high] = walk.run(x[low:high], None if valid is None else valid[low:high])
+        chunk_valid = None if valid is None else valid[low:high]
+        y[low:high] = walk.run(x[low:high], chunk_valid, None if zoneout is None else zoneout.span(low, high))
         borders.append(walk.c.clone())
     if valid is not None:
         y.masked_fill_(~valid, 0)
@@ -93,12 +105,16 @@ def backward(
     ln_weight: Tensor,
     ln_bias: Tensor,
     lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     *,
     eps: float,
     gate_gain: float,
-    variant: str,
+    zoneout_h: float,
+    zoneout_c: float,
+    cell: str,
     reverse: bool,
     chunk: int,
     needs: list[bool],
@@ -112,24 +128,26 @@ def backward(
         The gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias in their shapes and dtypes; None
         for each that `needs` rules out.
     """
-    cell = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, eps, gate_gain, variant)
-    steps = x.shape[0]
+    prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
+    dtype, steps = prepared.dtype, x.shape[0]
     spans, valid = _spans(steps, chunk, reverse), _valid(lengths, steps)
-    walk = _BackwardWalk(cell, weight_hh, min(chunk, steps), dh_n, dc_n, reverse)
-    sums = _ParameterSums(cell, needs)
-    weight_ih = weight_ih.to(cell.dtype)
+    zoneout = _Zoneout.of(kept, zoneout_h, zoneout_c, dtype)
+    walk = _BackwardWalk(prepared, weight_hh, min(chunk, steps), dh_n, dc_n, reverse, zoneout is not None)
+    sums = _ParameterSums(prepared, needs)
+    weight_ih = weight_ih.to(dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     for (low, high), border in zip(reversed(spans), reversed(c_border[:-1].unbind(0)), strict=True):
         frozen = None if valid is None else ~valid[low:high]
-        x_chunk = x[low:high].to(cell.dtype)
+        x_chunk = x[low:high].to(dtype)
         if frozen is not None:
             # Padding may hold anything, even NaN, and must not reach a product, where 0 · NaN is NaN.
             x_chunk = x_chunk.masked_fill(frozen, 0)
-        h_before = _h_before(low, high, y, h_0, valid, reverse).to(cell.dtype)
-        walk.recompute(x_chunk, h_before, border, frozen)
-        dz = walk.run(dy[low:high], frozen)
-        dgamma, dbeta = walk.finish_norm(high - low, needs[6], needs[7])
-        sums.add(x_chunk.flatten(0, 1), h_before.flatten(0, 1), dz.flatten(0, 1), dgamma, dbeta)
+        h_seen = _h_before(low, high, y, h_0, valid, reverse).to(dtype)
+        h_seen = h_seen if prepared.h_mask is None else h_seen * prepared.h_mask
+        walk.recompute(x_chunk, h_seen, border, frozen, None if zoneout is None else zoneout.span(low, high))
+        dz = walk.run(dy[low:high])
+        dgamma, dbeta = walk.finish_norms(high - low, needs[6], needs[7])
+        sums.add(x_chunk.flatten(0, 1), h_seen.flatten(0, 1), dz.flatten(0, 1), dgamma, dbeta)
         if dx is not None:
             dx[low:high] = (dz.flatten(0, 1) @ weight_ih).view_as(x_chunk)
     gradients = (dx, walk.dh if needs[1] else None, walk.dc if needs[2] else None, *sums.results(gate_gain))
@@ -141,50 +159,104 @@ class _Cell:
     """The parameters as the walks want them, in the dtype of computation."""
 
     weight_ih: Tensor
-    """[5, H, I], private order."""
+    """[G, H, I], private order."""
     weight_hh: Tensor
     """[R, H, H], private order."""
     bias: Tensor
-    """[5, 1, H], private order."""
+    """[G, 1, H], private order."""
     gamma: Tensor
-    """[H] gain · γ."""
+    """[N, H], the gain folded into the first; public order i|f|g|o."""
     beta: Tensor
-    """[H] gain · β."""
+    """[N, H], likewise."""
+    h_mask: Tensor | None
+    """[B, H]."""
     eps: float
-    formula: bool
+    kind: str
+    """"lstm", "formula" or "notebook"."""
+    gate_norms: bool
+    """Whether z_f, z_g and z_o are normalised."""
 
     @classmethod
-    def prepare(cls, weight_ih, weight_hh, bias, ln_weight, ln_bias, eps, gate_gain, variant) -> _Cell:
+    def prepare(cls, weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell) -> _Cell:
         """Cast the parameters of `forward` and permute their blocks."""
         dtype = torch.float64 if weight_ih.dtype == torch.float64 else torch.float32
+        hidden = weight_hh.shape[1]
 
         def blocks(rows: Tensor) -> Tensor:
-            public = rows.to(dtype).unflatten(0, (-1, ln_weight.shape[0]))
+            public = rows.to(dtype).unflatten(0, (-1, hidden))
             return torch.stack([public[k] for k in _PRIVATE_ORDER[: len(public)]])
+
+        def affine(rows: Tensor) -> Tensor:
+            rows = rows.to(dtype, copy=True).view(-1, hidden)
+            rows[:1] *= gate_gain
+            return rows
 
         return cls(
             weight_ih=blocks(weight_ih),
             weight_hh=blocks(weight_hh),
             bias=blocks(bias).unsqueeze(1),
-            gamma=ln_weight.to(dtype) * gate_gain,
-            beta=ln_bias.to(dtype) * gate_gain,
+            gamma=affine(ln_weight),
+            beta=affine(ln_bias),
+            h_mask=None if h_mask is None else h_mask.to(dtype),
             eps=eps,
-            formula=variant == "formula",
+            kind=cell.partition("_")[0],
+            gate_norms=CELLS[cell].gate_norms,
         )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of computation."""
-        return self.gamma.dtype
+        return self.weight_ih.dtype
+
+    @property
+    def units(self) -> list[int]:
+        """The shape over which normalisations run."""
+        return [self.weight_hh.shape[1]]
 
     def project(self, x: Tensor, z: Tensor) -> None:
-        """Write x W + b into z [5, n, B, H]; x is [n, B, I]."""
+        """Write x W + b into z [G, n, B, H]; x is [n, B, I]."""
         rows = x.to(self.dtype).flatten(0, 1)
-        torch.baddbmm(self.bias, rows.expand(5, -1, -1), self.weight_ih.mT, out=z.flatten(1, 2))
+        torch.baddbmm(self.bias, rows.expand(len(z), -1, -1), self.weight_ih.mT, out=z.flatten(1, 2))
+        if self.kind == "notebook":
+            z[4] = z[4].softmax(-1)
 
     def norm(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return gain · LayerNorm(a) over the units, the mean and 1/σ; a is [..., H]."""
-        return torch.native_layer_norm(a, self.gamma.shape, self.gamma, self.beta, self.eps)
+        """Return gain · LayerNorm(a) of the input gate over the units, the mean and 1/σ; a is [..., H]."""
+        return torch.native_layer_norm(a, self.units, self.gamma[0], self.beta[0], self.eps)
+
+    def input_gate(self, s: Tensor, p: Tensor, out: Tensor) -> Tensor:
+        """Return i from s = σ(z_i), perhaps written over it; p is z_p, or for the notebook its softmax."""
+        if self.kind == "lstm":
+            return s
+        if self.kind == "formula":
+            return self.norm(s)[0].mul_(torch.softmax(p, -1, out=out))
+        return self.norm(s.mul_(p))[0]
+
+    def other_affine(self) -> tuple[Tensor, Tensor]:
+        """Return γ and β [3, 1, ..., H] of f|o|g."""
+        gamma, beta = (a[[1, 3, 2]].unsqueeze(1) for a in (self.gamma, self.beta))
+        return gamma, beta
+
+
+class _Zoneout(NamedTuple):
+    """Shares of h and of c that steps keep, [n, B, H] or [1, 1, 1] in the dtype of computation."""
+
+    h: Tensor
+    c: Tensor
+
+    @classmethod
+    def of(cls, kept: Tensor | None, h: float, c: float, dtype: torch.dtype) -> _Zoneout | None:
+        """Return those of a call, or None if nothing is kept."""
+        if kept is not None:
+            return cls((kept & 1).to(dtype), (kept & 2).ne(0).to(dtype))
+        if h or c:
+            return cls(*(torch.full((1, 1, 1), share, dtype=dtype) for share in (h, c)))
+        return None
+
+    def span(self, low: int, high: int) -> _Zoneout:
+        """Return those of the steps from low to high, with n steps each."""
+        n = high - low
+        return _Zoneout(*(a.expand(n, -1, -1) if len(a) == 1 else a[low:high] for a in self))
 
 
 class _ForwardWalk:
@@ -196,40 +268,47 @@ class _ForwardWalk:
         """[B, H] state between chunks."""
         recurrent = len(cell.weight_hh)
         self._weight_hh = _transpose_each(cell.weight_hh)
-        self._projected = self.c.new_empty(5, longest, *self.c.shape)
+        self._projected = self.c.new_empty(len(cell.weight_ih), longest, *self.c.shape)
         self._h_all = self.c.new_empty(longest + 1, *self.c.shape)
         h_before = _before(self._h_all, reverse)
         buffers = (
-            *(self._projected[:recurrent].transpose(0, 1), self._projected[4]),
+            *(self._projected[:recurrent].transpose(0, 1), self._projected[-1]),
             *(h_before.unsqueeze(1).expand(-1, recurrent, -1, -1), h_before, _after(self._h_all, reverse)),
         )
         self._views = list(zip(*(buffer.unbind(0) for buffer in buffers), strict=True))
 
-    def run(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, valid: Tensor | None, zoneout: _Zoneout | None) -> Tensor:
         """Walk over a chunk, x [n, B, I], valid [n, B, 1]; return h after each step [n, B, H], in a buffer."""
         cell, n = self.cell, len(x)
         cell.project(x, self._projected[:, :n])
-        if not cell.formula:
-            self._projected[4, :n] = self._projected[4, :n].softmax(-1)
         first, last = (n, 0) if self.reverse else (0, n)
         self._h_all[first] = self.h
         valid_steps = None if valid is None else valid.unbind(0)
+        kept = None if zoneout is None else (zoneout.h.unbind(0), zoneout.c.unbind(0))
         z = self.c.new_empty(len(cell.weight_hh), *self.c.shape)
-        sigmoids, (s, f, o, g), z_p = z[:3], z[:4], z[-1]
+        sigmoids, others, (s, f, o, g), z_p = z[:3], z[1:4], z[:4], z[-1]
+        gamma, beta = cell.other_affine() if cell.gate_norms else (None, None)
         c, c_next, tanh_c, softmax = self.c, *self.c.new_empty(3, *self.c.shape)
+        h_seen = torch.empty_like(c)
+        masked = h_seen.expand(len(z), -1, -1)
         for t in _order(n, self.reverse):
             projected, p, h_factor, h, h_next = self._views[t]
+            if cell.h_mask is not None:
+                torch.mul(h, cell.h_mask, out=h_seen)
+                h_factor = masked
             torch.baddbmm(projected, h_factor, self._weight_hh, out=z)
+            if gamma is not None and beta is not None:
+                normalised = torch.native_layer_norm(others, cell.units, None, None, cell.eps)[0]
+                torch.addcmul(beta, normalised, gamma, out=others)
             sigmoids.sigmoid_()
             g.tanh_()
-            if cell.formula:
-                torch.softmax(z_p, -1, out=softmax)
-                i = cell.norm(s)[0].mul_(softmax)
-            else:
-                i = cell.norm(s.mul_(p))[0]
+            i = cell.input_gate(s, z_p if cell.kind == "formula" else p, softmax)
             torch.mul(f, c, out=c_next).addcmul_(i, g)
             torch.tanh(c_next, out=tanh_c)
             torch.mul(o, tanh_c, out=h_next)
+            if kept is not None:
+                h_next.lerp_(h, kept[0][t])
+                c_next.lerp_(c, kept[1][t])
             if valid_steps is not None:
                 torch.where(valid_steps[t], c_next, c, out=c_next)
                 torch.where(valid_steps[t], h_next, h, out=h_next)
@@ -238,10 +317,166 @@ class _ForwardWalk:
         return _after(self._h_all[: n + 1], self.reverse)
 
 
+class _PlainGate:
+    """Gradient of i = σ(z_i), chunk by chunk; `gates` is the walk's buffer [G, longest, B, H]."""
+
+    def __init__(self, cell: _Cell, gates: Tensor) -> None:
+        self._gates, self._slopes = gates, torch.empty_like(gates[0])
+        self._steps = self._slopes.unbind(0)
+
+    def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
+        """Make the slopes from the chunk's gates; return i [n, B, H], which may lie in their buffer."""
+        s, _, _, g = self._gates[:4, :n]
+        slopes = torch.sub(1, s, out=self._slopes[:n]).mul_(s).mul_(g)
+        if frozen is not None:
+            slopes.masked_fill_(frozen, 0)
+        return s
+
+    def step(self, t: int, dc: Tensor, dz_i: Tensor, dz_p: Tensor) -> None:
+        """Write dz_i [B, H], and dz_p if the cell has a p that sees h, of a step whose dc is known."""
+        torch.mul(dc, self._steps[t], out=dz_i)
+
+    def finish(
+        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the chunk's share of dγ and dβ [H]; write the dz_p [n, B, H] of a p that does not see h.
+
+        Nothing here feeds the recurrence, so it takes the whole chunk at once; dc is [n, B, H].
+        """
+        return None, None
+
+
+class _FormulaGate(_PlainGate):
+    """Gradient of i = gain·LN(σ(z_i))·softmax(z_p)."""
+
+    def __init__(self, cell: _Cell, gates: Tensor) -> None:
+        self._cell, self._gates = cell, gates
+        # What takes dc to dn and dp, and the gradient of the norm's input to dz_i.
+        self._slopes, self._softmax = torch.empty_like(gates[:3]), torch.empty_like(gates[0])
+        self._into_norm, self._dz_p = torch.empty_like(gates[:2, 0]), torch.empty_like(gates[0, 0])
+        parts = (self._slopes[:2].transpose(0, 1), self._slopes[2], gates[0], self._softmax)
+        self._steps = list(zip(*(part.unbind(0) for part in parts), strict=True))
+
+    def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
+        s, _, _, g, z_p = self._gates[:, :n]
+        slopes, p = self._slopes[:, :n], torch.softmax(z_p, -1, out=self._softmax[:n])
+        i, self._mean, self._rstd = self._cell.norm(s)
+        slope_n, slope_p, slope_i = slopes
+        torch.mul(g, p, out=slope_n)
+        torch.mul(g, i, out=slope_p)
+        torch.sub(1, s, out=slope_i).mul_(s)
+        if frozen is not None:
+            slopes.masked_fill_(frozen, 0)
+        return i.mul_(p)
+
+    def step(self, t: int, dc: Tensor, dz_i: Tensor, dz_p: Tensor) -> None:
+        cell, (slope_norm, slope_i, s, p) = self._cell, self._steps[t]
+        dn, dp = torch.mul(dc, slope_norm, out=self._into_norm)
+        torch.mul(_norm_input(cell, dn, s, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
+        # Written to a row of its own first: this operator takes the output for contiguous.
+        dz_p.copy_(_softmax_backward(dp, p, -1, cell.dtype, grad_input=self._dz_p))
+
+    def finish(
+        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not needs_gamma and not needs_beta:
+            return None, None
+        n, cell = len(dc), self._cell
+        arguments = (dc * self._slopes[0, :n], self._gates[0, :n], cell.units, self._mean, self._rstd)
+        return _layer_norm_backward(*arguments, cell.gamma[0], cell.beta[0], (False, needs_gamma, needs_beta))[1:]
+
+
+class _NotebookGate(_PlainGate):
+    """Gradient of i = gain·LN(σ(z_i)·p), where p does not see h."""
+
+    def __init__(self, cell: _Cell, gates: Tensor) -> None:
+        self._cell, self._gates = cell, gates
+        # What takes dc to dn, and the gradient of the norm's input to dz_i.
+        self._slopes, self._product = torch.empty_like(gates[:2]), torch.empty_like(gates[0])
+        self._dn = torch.empty_like(gates[0, 0])
+        self._steps = list(zip(*(part.unbind(0) for part in (*self._slopes, self._product)), strict=True))
+
+    def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
+        s, _, _, g, p = self._gates[:, :n]
+        slope_n, slope_i = self._slopes[:, :n]
+        i, self._mean, self._rstd = self._cell.norm(torch.mul(s, p, out=self._product[:n]))
+        slope_n.copy_(g)
+        torch.sub(1, s, out=slope_i).mul_(s).mul_(p)
+        if frozen is not None:
+            self._slopes[:, :n].masked_fill_(frozen, 0)
+        return i
+
+    def step(self, t: int, dc: Tensor, dz_i: Tensor, dz_p: Tensor) -> None:
+        slope_n, slope_i, product = self._steps[t]
+        dn = torch.mul(dc, slope_n, out=self._dn)
+        torch.mul(_norm_input(self._cell, dn, product, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
+
+    def finish(
+        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        n, cell = len(dc), self._cell
+        arguments = (dc * self._slopes[0, :n], self._product[:n], cell.units, self._mean, self._rstd)
+        mask = (True, needs_gamma, needs_beta)
+        da, dgamma, dbeta = _layer_norm_backward(*arguments, cell.gamma[0], cell.beta[0], mask)
+        s, _, _, _, p = self._gates[:, :n]
+        dz_p.copy_(_softmax_backward(da.mul_(s), p, -1, cell.dtype))
+        return dgamma, dbeta
+
+
+_INPUT_GATES = {"lstm": _PlainGate, "formula": _FormulaGate, "notebook": _NotebookGate}
+
+
+def _norm_input(cell: _Cell, dn: Tensor, a: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Return the gradient of what the input gate's layer normalisation is taken of."""
+    mask = (True, False, False)
+    return _layer_norm_backward(dn, a, cell.units, mean, rstd, cell.gamma[0], cell.beta[0], mask)[0]
+
+
+class _GateNorms:
+    """Gradient of the layer normalisations of z_f, z_g and z_o, chunk by chunk; in the public order f|g|o."""
+
+    def __init__(self, cell: _Cell, gates: Tensor) -> None:
+        self._cell, self._gates = cell, gates
+        self._gamma, self._beta = cell.gamma[1:].unsqueeze(1), cell.beta[1:].unsqueeze(1)
+        # z as it came, block by block in a step.
+        self._z = torch.empty_like(gates[1:4].transpose(0, 1), memory_format=torch.contiguous_format)
+        self.after = torch.empty_like(self._z)
+        """[n, 3, B, H]: where the walk writes the gradients of what the normalisations return."""
+
+    def recompute(self, n: int) -> None:
+        """Normalise z_f, z_g and z_o in the chunk's gates."""
+        z, units, eps = self._z[:n], self._cell.units, self._cell.eps
+        for block, private in enumerate(_PRIVATE_ORDER[1:4]):
+            z[:, block] = self._gates[private, :n]
+        self._xhat, self._mean, self._rstd = torch.native_layer_norm(z, units, None, None, eps)
+        for block, private in enumerate(_PRIVATE_ORDER[1:4]):
+            torch.addcmul(self._beta[block], self._xhat[:, block], self._gamma[block], out=self._gates[private, :n])
+
+    def step(self, t: int) -> Tensor:
+        """Return dz [3, B, H] of a step from what was written to `after`."""
+        dxhat = self.after[t] * self._gamma
+        arguments = (dxhat, self._z[t], self._cell.units, self._mean[t], self._rstd[t], None, None)
+        return _layer_norm_backward(*arguments, (True, False, False))[0]
+
+    def finish(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return the chunk's share of dγ and dβ [3·H]."""
+        after = self.after[:n]
+        return (after * self._xhat).sum((0, 2)).flatten(), after.sum((0, 2)).flatten()
+
+
 class _BackwardWalk:
     """Steps of the recurrence's gradient, last chunk first: holds dh, dc and a chunk's buffers and views."""
 
-    def __init__(self, cell: _Cell, weight_hh: Tensor, longest: int, dh_n: Tensor, dc_n: Tensor, reverse: bool) -> None:
+    def __init__(
+        self,
+        cell: _Cell,
+        weight_hh: Tensor,
+        longest: int,
+        dh_n: Tensor,
+        dc_n: Tensor,
+        reverse: bool,
+        zoneout: bool,
+    ) -> None:
         self.cell, self.reverse = cell, reverse
         self.dh, self.dc = dh_n.to(cell.dtype), dc_n.to(cell.dtype, copy=True)
         """[B, H] gradients of the state between chunks."""
@@ -251,129 +486,131 @@ class _BackwardWalk:
         def buffer(*shape: int) -> Tensor:
             return self.dc.new_empty(*shape, batch, hidden)
 
-        self._gates, self._softmax, self._product = buffer(5, longest), buffer(longest), buffer(longest)
-        self._c_all, self._tanh_c = buffer(longest + 1), buffer(longest)
+        self._gates, self._tanh_c = buffer(len(cell.weight_ih), longest), buffer(longest)
+        self._input_gate = _INPUT_GATES[cell.kind](cell, self._gates)
+        self._gate_norms = _GateNorms(cell, self._gates) if cell.gate_norms else None
+        self._c_all = buffer(longest + 1)
+        # The c that a step makes, all of which it takes over unless there is zoneout.
+        self._c_made = buffer(longest) if zoneout else _after(self._c_all, reverse)
         self._dh_all, self._dc_all = buffer(longest + 1), buffer(longest)
-        # What takes dh to dz_o and to dc; dc to dz_f, dz_g, dn and dp; the gradient of the norm's input to dz_i.
-        self._slopes = buffer(7, longest)
-        self._dz = self.dc.new_empty(longest, batch, 5 * hidden)
-        scan = (_after(self._c_all, reverse), self._gates[1], _before(self._c_all, reverse))
-        self._scan = list(zip(*(buffer.unbind(0) for buffer in scan), strict=True))
+        # What takes dh to dz_o and to dc; dc to dz_f and dz_g.
+        self._slopes = buffer(4, longest)
+        self._dz = self.dc.new_empty(longest, batch, len(cell.weight_ih) * hidden)
+        scan = (self._c_made, self._gates[1], _before(self._c_all, reverse), _after(self._c_all, reverse))
+        self._scan = list(zip(*(part.unbind(0) for part in scan), strict=True))
         self._views = self._cut()
 
     def _cut(self) -> list[tuple[Tensor, ...]]:
         """Cut the buffers into what `run` uses at each step."""
         cell, hidden, slopes = self.cell, self.dc.shape[1], self._slopes
-        dz = self._dz.unflatten(2, (5, hidden)).transpose(1, 2)
+        dz = self._dz.unflatten(2, (len(cell.weight_ih), hidden)).transpose(1, 2)
+        dz_fgo = dz[:, 1:4]
+        after_norms = dz_fgo if self._gate_norms is None else self._gate_norms.after
         buffers = (
             *(_after(self._dh_all, self.reverse), _before(self._dh_all, self.reverse)),
             *(self._dc_all, self._gates[1]),
-            *(slopes[0], slopes[1], slopes[2:4].transpose(0, 1)),
-            *(slopes[4:6].transpose(0, 1) if cell.formula else slopes[4], slopes[6]),
-            *(self._gates[0] if cell.formula else self._product, self._softmax),
-            *(self._dz[..., : len(cell.weight_hh) * hidden], dz[:, 0], dz[:, 1:3], dz[:, 3], dz[:, 4]),
+            *(slopes[0], slopes[1], slopes[2:].transpose(0, 1)),
+            *(self._dz[..., : len(cell.weight_hh) * hidden], dz[:, 0], after_norms[:, :2], after_norms[:, 2]),
+            *(dz_fgo, dz[:, -1]),
         )
-        return list(zip(*(buffer.unbind(0) for buffer in buffers), strict=True))
+        return list(zip(*(part.unbind(0) for part in buffers), strict=True))
 
-    def recompute(self, x: Tensor, h_before: Tensor, c_border: Tensor, frozen: Tensor | None) -> None:
+    def recompute(
+        self, x: Tensor, h_seen: Tensor, c_border: Tensor, frozen: Tensor | None, zoneout: _Zoneout | None
+    ) -> None:
         """Bring back the gates and c of a chunk, and make the slopes from them.
 
         Args:
             x: [n, B, I] input.
-            h_before: [n, B, H] hidden state before each step.
+            h_seen: [n, B, H] hidden state before each step, times its mask.
             c_border: [B, H] cell state before the chunk.
             frozen: [n, B, 1] true where a row keeps its state, or None.
+            zoneout: shares of h and c that the steps keep, or None.
         """
         cell, n, recurrent = self.cell, len(x), len(self.cell.weight_hh)
         gates, slopes = self._gates[:, :n], self._slopes[:, :n]
         cell.project(x, gates)
-        h_rows = h_before.flatten(0, 1).expand(recurrent, -1, -1)
+        h_rows = h_seen.flatten(0, 1).expand(recurrent, -1, -1)
         gates[:recurrent].flatten(1, 2).baddbmm_(h_rows, cell.weight_hh.mT)
+        if self._gate_norms is not None:
+            self._gate_norms.recompute(n)
         gates[:3].sigmoid_()
         gates[3].tanh_()
-        s, f, o, g, z_p = gates
-        p = torch.softmax(z_p, -1, out=self._softmax[:n])
-        slope_o, slope_c, slope_f, slope_g, slope_n, slope_p, slope_i = slopes
-
-        torch.sub(1, s, out=slope_i).mul_(s)
-        if cell.formula:
-            i, self._mean, self._rstd = cell.norm(s)
-            torch.mul(g, p, out=slope_n)
-            torch.mul(g, i, out=slope_p)
-            i.mul_(p)
-        else:
-            i, self._mean, self._rstd = cell.norm(torch.mul(s, p, out=self._product[:n]))
-            slope_n.copy_(g)
-            slope_p.zero_()
-            slope_i.mul_(p)
+        i = self._input_gate.recompute(n, frozen)
+        _, f, o, g = gates[:4]
         if frozen is not None:
             i.masked_fill_(frozen, 0)
             f.masked_fill_(frozen, 1)
-        c_before, c = _before(self._c_all[: n + 1], self.reverse), _after(self._c_all[: n + 1], self.reverse)
+        c_before, c_made = _before(self._c_all[: n + 1], self.reverse), self._c_made[:n]
         self._c_all[n if self.reverse else 0] = c_border
-        torch.mul(i, g, out=c)
+        if zoneout is None:
+            c_made = _after(self._c_all[: n + 1], self.reverse)
+        torch.mul(i, g, out=c_made)
         for t in _order(n, self.reverse):
-            c_t, f_t, c_before_t = self._scan[t]
-            c_t.addcmul_(f_t, c_before_t)
-        tanh_c = torch.tanh(c, out=self._tanh_c[:n])
+            made, f_t, before, after = self._scan[t]
+            made.addcmul_(f_t, before)
+            if zoneout is not None:
+                torch.lerp(made, before, zoneout.c[t], out=after)
+        tanh_c = torch.tanh(c_made, out=self._tanh_c[:n])
+        slope_o, slope_c, slope_f, slope_g = slopes
         _sigmoid_backward(tanh_c, o, grad_input=slope_o)
         _tanh_backward(o, tanh_c, grad_input=slope_c)
         _sigmoid_backward(c_before, f, grad_input=slope_f)
         _tanh_backward(i, g, grad_input=slope_g)
         if frozen is not None:
             slopes.masked_fill_(frozen, 0)
+        self._frozen = frozen
+        # What of dh goes to the step before as it is: all of a frozen row's.
+        self._h_kept = None if frozen is None else frozen.to(cell.dtype)
+        self._c_kept = None
+        if zoneout is not None:
+            self._h_kept = zoneout.h if frozen is None else zoneout.h.masked_fill(frozen, 1)
+            self._c_kept = zoneout.c
+            slopes[:2] *= 1 - zoneout.h
 
-    def run(self, dy: Tensor, frozen: Tensor | None) -> Tensor:
-        """Walk back over a chunk; dy is [n, B, H]. Return dz [n, B, 5H] in a buffer, for the notebook without dz_p."""
-        cell, n, dc, units = self.cell, len(dy), self.dc, self.cell.gamma.shape
+    def run(self, dy: Tensor) -> Tensor:
+        """Walk back over the chunk; dy is [n, B, H]. Return dz [n, B, G·H] in a buffer; notebook: dz_p still amiss."""
+        cell, n, dc = self.cell, len(dy), self.dc
         first, last = (n, 0) if self.reverse else (0, n)
         dh_after = _after(self._dh_all[: n + 1], self.reverse)
         dh_after.copy_(dy)
-        frozen_steps = None
-        if frozen is not None:
-            dh_after.masked_fill_(frozen, 0)
-            frozen_steps = frozen.to(cell.dtype).unbind(0)
+        if self._frozen is not None:
+            dh_after.masked_fill_(self._frozen, 0)
         self._dh_all[last] += self.dh
         self._dh_all[first] = 0
-
-        mean, rstd = self._mean.unbind(0), self._rstd.unbind(0)
-        into_norm = dc.new_empty(2, *dc.shape) if cell.formula else torch.empty_like(dc)
-        dn, dp = into_norm if cell.formula else (into_norm, into_norm)
-        dz_p_row = torch.empty_like(dc)
+        h_kept, c_kept = (None if a is None else a.unbind(0) for a in (self._h_kept, self._c_kept))
+        c_moved = None if self._c_kept is None else (1 - self._c_kept).unbind(0)
+        dc_in, dh_seen = torch.empty_like(dc), torch.empty_like(dc)
         for t in _order(n, not self.reverse):
-            dh, dh_before, dc_t, f, slope_o, slope_c, slope_fg, slope_norm, slope_i, a, p, *dz = self._views[t]
-            dz_recurrent, dz_i, dz_fg, dz_o, dz_p = dz
-            torch.addcmul(dc, dh, slope_c, out=dc_t)
+            dh, dh_before, dc_t, f, slope_o, slope_c, slope_fg, *dz = self._views[t]
+            dz_recurrent, dz_i, dz_fg, dz_o, dz_fgo, dz_p = dz
+            torch.addcmul(dc if c_moved is None else torch.mul(dc, c_moved[t], out=dc_in), dh, slope_c, out=dc_t)
             torch.mul(dh, slope_o, out=dz_o)
             torch.mul(dc_t, slope_fg, out=dz_fg)
-            torch.mul(dc_t, slope_norm, out=into_norm)
-            da = _layer_norm_backward(dn, a, units, mean[t], rstd[t], cell.gamma, cell.beta, (True, False, False))[0]
-            torch.mul(da, slope_i, out=dz_i)
-            if cell.formula:
-                # Written to a row of its own first: this operator takes the output for contiguous.
-                dz_p.copy_(_softmax_backward(dp, p, -1, cell.dtype, grad_input=dz_p_row))
-            torch.mul(dc_t, f, out=dc)
-            dh_before.addmm_(dz_recurrent, self._weight_hh)
-            if frozen_steps is not None:
-                dh_before.addcmul_(dh, frozen_steps[t])
+            if self._gate_norms is not None:
+                dz_fgo.copy_(self._gate_norms.step(t))
+            self._input_gate.step(t, dc_t, dz_i, dz_p)
+            if c_kept is None:
+                torch.mul(dc_t, f, out=dc)
+            else:
+                dc.mul_(c_kept[t]).addcmul_(dc_t, f)
+            if cell.h_mask is None:
+                dh_before.addmm_(dz_recurrent, self._weight_hh)
+            else:
+                dh_before.addcmul_(torch.mm(dz_recurrent, self._weight_hh, out=dh_seen), cell.h_mask)
+            if h_kept is not None:
+                dh_before.addcmul_(dh, h_kept[t])
         self.dh = self._dh_all[first].clone()
         return self._dz[:n]
 
-    def finish_norm(self, n: int, needs_gamma: bool, needs_beta: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the chunk that was just walked adds to dγ and dβ [H]; for the notebook also fill in its dz_p.
-
-        Nothing here feeds the recurrence, so it takes the whole chunk at once.
-        """
-        cell = self.cell
-        mask = (not cell.formula, needs_gamma, needs_beta)
-        if not any(mask):
-            return None, None
-        s, p, dn = self._gates[0, :n], self._softmax[:n], self._dc_all[:n] * self._slopes[4, :n]
-        a = s if cell.formula else self._product[:n]
-        statistics = (self._mean, self._rstd)
-        da, dgamma, dbeta = _layer_norm_backward(dn, a, cell.gamma.shape, *statistics, cell.gamma, cell.beta, mask)
-        if not cell.formula:
-            self._dz[:n, :, -cell.gamma.shape[0] :] = _softmax_backward(da.mul_(s), p, -1, cell.dtype)
+    def finish_norms(self, n: int, needs_gamma: bool, needs_beta: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the chunk that was just walked adds to dγ and dβ [N·H]; for the notebook also fill in its dz_p."""
+        hidden = self.dc.shape[1]
+        dgamma, dbeta = self._input_gate.finish(self._dc_all[:n], self._dz[:n, :, -hidden:], needs_gamma, needs_beta)
+        if self._gate_norms is not None:
+            others = self._gate_norms.finish(n)
+            pairs = zip((dgamma, dbeta), others, strict=True)
+            dgamma, dbeta = (None if own is None else torch.cat((own, other)) for own, other in pairs)
         return dgamma, dbeta
 
 
@@ -382,18 +619,20 @@ class _ParameterSums:
 
     def __init__(self, cell: _Cell, needs: list[bool]) -> None:
         (gates, hidden, inputs), recurrent = cell.weight_ih.shape, len(cell.weight_hh)
-        shapes = ((gates * hidden, inputs), (recurrent * hidden, hidden), (gates * hidden,), (hidden,), (hidden,))
+        norms = (cell.gamma.numel(),)
+        shapes = ((gates * hidden, inputs), (recurrent * hidden, hidden), (gates * hidden,), norms, norms)
+        self._hidden = hidden
         self._sums = [
-            cell.gamma.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs[3:], strict=True)
+            cell.bias.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs[3:], strict=True)
         ]
 
-    def add(self, x: Tensor, h_before: Tensor, dz: Tensor, dgamma: Tensor | None, dbeta: Tensor | None) -> None:
-        """Add a chunk of m = n·B rows: x [m, I], h_before [m, H], dz [m, 5H], and its dγ, dβ [H] where needed."""
+    def add(self, x: Tensor, h_seen: Tensor, dz: Tensor, dgamma: Tensor | None, dbeta: Tensor | None) -> None:
+        """Add a chunk of m = n·B rows: x [m, I], h_seen [m, H], dz [m, G·H], and its dγ, dβ [N·H] where needed."""
         weight_ih, weight_hh, bias, gamma, beta = self._sums
         if weight_ih is not None:
             weight_ih.addmm_(dz.t(), x)
         if weight_hh is not None:
-            weight_hh.addmm_(dz[:, : len(weight_hh)].t(), h_before)
+            weight_hh.addmm_(dz[:, : len(weight_hh)].t(), h_seen)
         if bias is not None:
             bias.add_(dz.sum(0))
         if gamma is not None and dgamma is not None:
@@ -403,8 +642,10 @@ class _ParameterSums:
 
     def results(self, gate_gain: float) -> list[Tensor | None]:
         """Return the gradients of weight_ih, weight_hh, bias, ln_weight, ln_bias."""
-        *others, gamma, beta = self._sums
-        return [*others, *(None if g is None else g * gate_gain for g in (gamma, beta))]
+        for affine in self._sums[3:]:
+            if affine is not None:
+                affine[: self._hidden] *= gate_gain
+        return self._sums
 
 
 def _spans(steps: int, chunk: int, reverse: bool) -> list[tuple[int, int]]:
