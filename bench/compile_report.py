@@ -273,8 +273,9 @@ def main() -> int:
 
 def _line(row: dict) -> str:
     text = (
-        f"{row['arch']:7} {row['dtype']:4} H={row['hidden']:<5} B={row['batch']:<4} {row['cell']:12} {row['kernel']:18} "
-        f"registers {row['registers']:3} spilled {row['spill_bytes']:4} B  shared {row['shared_bytes']:6} B"
+        f"{row['arch']:7} {row['dtype']:4} H={row['hidden']:<5} B={row['batch']:<4} {row['cell']:12} "
+        f"{row['kernel']:18} registers {row['registers']:3} spilled {row['spill_bytes']:4} B  "
+        f"shared {row['shared_bytes']:6} B"
     )
     if "resident" in row:
         text += (

@@ -25,7 +25,7 @@ def run_check(task: Task, device: str, announce: Callable[[str], None]) -> dict:
     record = {key: task[key] for key in ("name", "dtype", "pins")} | dict(shape=shape_of(task["problem"]))
     try:
         with pinned(task["pins"]):
-            plans = plans_of(problem.hidden, problem.batch, dtype, device, problem.variant)
+            plans = plans_of(problem.hidden, problem.batch, dtype, device, problem.cell)
             outcome = tests[task["test"]](problem, dtype, announce)
     except (ValueError, RuntimeError) as refused:
         # Clusters need a device and a Triton that have them; any other choice is made to fit.

@@ -9,7 +9,6 @@ import torch
 from layers import DTYPES, pinned
 
 from novolstm_triton import NovoLSTM, problems
-from novolstm_triton.functional import novolstm
 
 MEMORY_RATIO = 0.4
 """Bound on the peak memory of forward and backward at T=8192, B=64, I=H=512 in bf16, against nn.LSTM's."""
@@ -23,14 +22,7 @@ def _call(problem: Any, dtype: torch.dtype) -> tuple[Any, list[torch.Tensor]]:
     lengths = None if lengths is None else lengths.to(problem.device)
 
     def run() -> list[torch.Tensor]:
-        outputs = novolstm(
-            *inputs,
-            gate_gain=problem.gate_gain,
-            variant=problem.variant,
-            lengths=lengths,
-            reverse=problem.reverse,
-            backend="triton",
-        )
+        outputs = problem.call(inputs, lengths, "triton")
         return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, grads)]
 
     return run, inputs

@@ -44,10 +44,10 @@ torch.set_float32_matmul_precision("highest")
 torch.backends.cudnn.allow_tf32 = False
 
 
-def plans_of(hidden: int, batch: int, dtype: Any, device: str, variant: str) -> dict[str, dict]:
+def plans_of(hidden: int, batch: int, dtype: Any, device: str, cell: str) -> dict[str, dict]:
     """Return the plan in force, as dictionaries for forward and backward."""
     x = torch.empty(1, batch, 1, dtype=dtype, device=device)
-    return dataclasses.asdict(launch.launch_plan(x, hidden, launch.CELLS[variant]))
+    return dataclasses.asdict(launch.launch_plan(x, hidden, cell))
 
 
 def compile_ahead(task: Task, device: str, announce: Callable[[str], None]) -> dict:

@@ -15,7 +15,7 @@ def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: b
     """Return a check task; options are fields of tests/problems.py's Problem, and `pins`, arguments of plan.forced."""
     pins = options.pop("pins", {})
     problem = dict(steps=steps, batch=batch, hidden=hidden, **options)
-    flags = [options.get("variant", "formula"), *(name for name in ("lengths", "reverse") if options.get(name))]
+    flags = [options.get("cell", "formula"), *(name for name in ("lengths", "reverse") if options.get(name))]
     flags += [f"{name}={value}" for name, value in pins.items()]
     name = f"{test} T{steps}-B{batch}-H{hidden} {dtype} {' '.join(flags)}"
     return dict(kind="check", name=name, core=core, test=test, problem=problem, dtype=dtype, pins=pins)
@@ -62,7 +62,7 @@ def all_tasks(flashrnn: bool = False) -> list[Task]:
         check("exact", 64, 16, 128, "bf16", core=True, inputs_size=128),
         check("exact", 32, 64, 1024, "bf16", core=True, inputs_size=1024),
         check("exact", 40, 5, 100, "fp32", core=True, lengths=True, reverse=True),
-        check("exact", 33, 33, 256, "fp16", core=True, variant="notebook", lengths=True),
+        check("exact", 33, 33, 256, "fp16", core=True, cell="notebook", lengths=True),
         check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="words")),
         check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="cluster")),
         check("repeat", 256, 16, 512, "bf16", core=True),
@@ -98,7 +98,7 @@ def more_checks() -> list[Task]:
     for number, (steps, batch, hidden) in enumerate(shapes):
         for turn, dtype in enumerate(("bf16", "fp32", "fp16"), start=number):
             options = dict(lengths=turn % 2 == 1, reverse=turn % 3 == 1, seed=turn)
-            options["variant"] = "notebook" if turn % 4 == 2 else "formula"
+            options["cell"] = "notebook" if turn % 4 == 2 else "formula"
             tasks.append(check("exact", steps, batch, hidden, dtype, **options))
     pinned = [dict(slices=slices) for slices in (1, 2, 4, 8, 16)]
     pinned += [dict(slices=slices, resident=False) for slices in (1, 8)]
@@ -112,7 +112,7 @@ def more_checks() -> list[Task]:
         # Nine batch tiles, of which four are resident together.
         check("exact", 6, 130, 512, "bf16", pins=dict(slices=32, block_b=16)),
         check("exact", 6, 130, 512, "bf16", pins=dict(slices=32, block_b=16, exchange="words")),
-        check("exact", 24, 20, 128, "fp32", pins=dict(exchange="words", chunk=7), lengths=True, variant="notebook"),
+        check("exact", 24, 20, 128, "fp32", pins=dict(exchange="words", chunk=7), lengths=True, cell="notebook"),
         check("repeat", 1024, 64, 512, "bf16"),
         check("repeat", 1024, 64, 512, "bf16", pins=dict(exchange="words")),
         check("repeat", 256, 64, 1024, "bf16"),
@@ -153,7 +153,7 @@ def smoke_tasks() -> list[Task]:
     """Return tasks for Triton's interpreter: fp32 and one slice, the only ones that it runs right."""
     return [
         check("exact", 3, 2, 5, "fp32"),
-        check("exact", 4, 3, 6, "fp32", variant="notebook", lengths=True, reverse=True, pins=dict(chunk=2)),
+        check("exact", 4, 3, 6, "fp32", cell="notebook", lengths=True, reverse=True, pins=dict(chunk=2)),
         check("repeat", 2, 1, 3, "fp32"),
         check("growth", 1, 1, 3, "fp32"),
         check("long", 16, 1, 4, "fp32"),
@@ -174,7 +174,7 @@ def compilations(tasks: list[Task]) -> list[Task]:
             continue
         problem = task["problem"] if task["kind"] == "check" else task
         # What decides the kernels.
-        sizes = {name: problem[name] for name in ("hidden", "batch", "lengths", "variant") if problem.get(name)}
+        sizes = {name: problem[name] for name in ("hidden", "batch", "lengths", "cell") if problem.get(name)}
         entries = [task] if task["kind"] == "check" else [e for e in task["entries"] if e["layer"] == "novolstm"]
         for e in entries:
             name = json.dumps([sizes, e["dtype"], e["pins"]], sort_keys=True)

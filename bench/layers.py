@@ -120,7 +120,7 @@ class Layer:
         from novolstm_triton import launch
 
         with pinned(self.pins):
-            plans = launch.launch_plan(self.x, self.sizes.hidden, launch.CELLS["formula"])
+            plans = launch.launch_plan(self.x, self.sizes.hidden, "formula")
         return {"forward": plans.forward, "backward": plans.backward}
 
     def run(self, passes: str) -> None:

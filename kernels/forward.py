@@ -92,8 +92,8 @@ def forward_kernel(
     walks T − 1 − t where direction 0 walks t.
 
     On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
-    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, if it has any, then h, with the tile's
-    other slices.
+    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, if it has any, then h, with the
+    tile's other slices.
 
     Args:
         x_gates_ptr: [D, steps, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.

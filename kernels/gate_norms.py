@@ -93,17 +93,13 @@ def cell_update(z, stats, c, gamma, beta, update: tl.constexpr, GATE_NORMS: tl.c
 
 
 @triton.jit
-def cell_grad_local(
-    z, stats, c, c_prev, dh, dc, gamma, beta, mask, grad_local: tl.constexpr, GATE_NORMS: tl.constexpr
-):
+def cell_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask, grad_local: tl.constexpr, GATE_NORMS: tl.constexpr):
     """Return what the cell's function does; with x̂ and dx̂ of f, g, o as the last six of what is pending."""
     if GATE_NORMS:
         xhats = standardise(z, stats)
         scaled = scale(z, xhats, gamma, beta)
         own = stats[: len(stats) - 6]
-        sums, dz, pending, dc_prev, dgamma, dbeta = grad_local(
-            scaled, own, c, c_prev, dh, dc, gamma, beta, mask
-        )
+        sums, dz, pending, dc_prev, dgamma, dbeta = grad_local(scaled, own, c, c_prev, dh, dc, gamma, beta, mask)
         dxhats = ()
         products = ()
         for k in tl.static_range(3):

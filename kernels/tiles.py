@@ -56,7 +56,7 @@ def load_kept(kept_ptr, t, step_size, place, mask, ZONEOUT: tl.constexpr):
 
 @triton.jit
 def zoneout(new, old, kept, bit: tl.constexpr, probability, ZONEOUT: tl.constexpr):
-    """Return `new`, or `old` where zoneout keeps it: by a bit of the tile `kept` ("masks") or on average ("average")."""
+    """Return `new`, or `old` where zoneout keeps it: by a bit of the tile `kept` ("masks"), or in part ("average")."""
     if ZONEOUT == "masks":
         new = tl.where((kept & bit) != 0, old, new)
     elif ZONEOUT == "average":

@@ -22,11 +22,12 @@ if _EXTRAS:
 import typer  # noqa: E402
 
 from novolstm_triton import tune, tuned  # noqa: E402
+from novolstm_triton.cells import CELLS as CELL_NAMES  # noqa: E402
+from novolstm_triton.cells import VARIANTS  # noqa: E402
 from novolstm_triton.doctor import DTYPES as DOCTOR_DTYPES  # noqa: E402
 from novolstm_triton.doctor import Shape, doctor  # noqa: E402
 from novolstm_triton.functional import BACKENDS  # noqa: E402
 from novolstm_triton.isolated import CallError  # noqa: E402
-from novolstm_triton.reference import RECURRENT_GATES  # noqa: E402
 from novolstm_triton.text import UsageError  # noqa: E402
 from novolstm_triton.train import CELLS, DEVICES, DTYPES, TrainConfig, TrainingError, train  # noqa: E402
 
@@ -116,7 +117,7 @@ def train_command(
             metavar="GAIN",
         ),
     ] = None,
-    variant: Annotated[str | None, _option("variant", "Which NovoLSTM.", tuple(RECURRENT_GATES))] = None,
+    variant: Annotated[str | None, _option("variant", "Which NovoLSTM.", VARIANTS)] = None,
     max_bytes: Annotated[int | None, _option("max_bytes", "Read no more text than this.")] = None,
 ) -> int:
     """Train a byte-level language model and write its metrics, weights, loss curve and a sample.
@@ -141,7 +142,7 @@ def tune_command(
     hidden: Annotated[str, typer.Option(metavar="H,...", help="Units of the layers.")],
     batch: Annotated[str, typer.Option(metavar="B,...", help="Rows of the layers.")] = "16",
     dtype: Annotated[str, typer.Option(metavar="DTYPE,...", help=f"Among {', '.join(tuned.DTYPES)}.")] = "bf16",
-    variant: Annotated[str, typer.Option(metavar="VARIANT,...", help="formula, notebook or both.")] = "formula",
+    cell: Annotated[str, typer.Option(metavar="CELL,...", help=f"Any of {', '.join(CELL_NAMES)}.")] = "formula",
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of plans; one that is there is gone on with.")] = Path(
         "novolstm-plans.json"
     ),
@@ -162,7 +163,7 @@ def tune_command(
             _sizes("--hidden", hidden),
             _sizes("--batch", batch),
             _names("--dtype", dtype, tuple(tuned.DTYPES)),
-            _names("--variant", variant, tuple(RECURRENT_GATES)),
+            _names("--cell", cell, tuple(CELL_NAMES)),
         )
     )
     if not torch.cuda.is_available():
@@ -178,7 +179,7 @@ def doctor_command(
     batch: Annotated[int, typer.Option(help="Rows.")] = Shape.batch,
     steps: Annotated[int, typer.Option(help="Time steps.")] = Shape.steps,
     dtype: Annotated[str, typer.Option(metavar="{" + ",".join(DOCTOR_DTYPES) + "}")] = Shape.dtype,
-    variant: Annotated[str, typer.Option(metavar="{" + ",".join(RECURRENT_GATES) + "}")] = Shape.variant,
+    cell: Annotated[str, typer.Option(metavar="{" + ",".join(CELL_NAMES) + "}")] = Shape.cell,
     device: Annotated[
         str,
         typer.Option(
@@ -191,7 +192,7 @@ def doctor_command(
     Prints versions, devices, the backend, the plan of the kernels and the limits that apply, then the largest error of
     each output and gradient. Exit code 0 if all is well, else 1, with what to do.
     """
-    return doctor(Shape(hidden, batch, steps, dtype, variant), device)
+    return doctor(Shape(hidden, batch, steps, dtype, cell), device)
 
 
 def _names(option: str, text: str, known: Sequence[str]) -> list[str]:

@@ -604,7 +604,7 @@ class _BackwardWalk:
         return self._dz[:n]
 
     def finish_norms(self, n: int, needs_gamma: bool, needs_beta: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the chunk that was just walked adds to dγ and dβ [N·H]; for the notebook also fill in its dz_p."""
+        """Return what the chunk just walked adds to dγ and dβ [N·H]; for the notebook also fill in its dz_p."""
         hidden = self.dc.shape[1]
         dgamma, dbeta = self._input_gate.finish(self._dc_all[:n], self._dz[:n, :, -hidden:], needs_gamma, needs_beta)
         if self._gate_norms is not None:

@@ -207,7 +207,9 @@ class _Report:
         else:
             self._part("Plan")
             buffer_dtype = state_dtype(self._dtype)
-        chunk = min(shape.steps, plan.chunk_steps(shape.batch, shape.hidden, itemsize, backend))
+        chunk = min(
+            shape.steps, plan.chunk_steps(shape.batch, shape.hidden, len(CELLS[shape.cell].gates), itemsize, backend)
+        )
         gates_bytes = chunk * shape.batch * 5 * shape.hidden * buffer_dtype.itemsize
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")
         self._line("workspace", f"{gates_bytes:,} bytes for a chunk's pre-activations, its largest buffer;")
@@ -311,7 +313,7 @@ class _Report:
 
 
 def _cases(shape: Shape, where: str) -> Iterator[Problem]:
-    """Yield both variants with ragged sizes, lengths and both directions, then the layer itself, cut short."""
+    """Yield NovoLSTM's variants with ragged sizes, lengths and both directions, then the layer itself, cut short."""
     yield Problem(12, 5, 37, lengths=True, cell="formula", device=where)
     yield Problem(12, 5, 37, lengths=True, cell="notebook", reverse=True, device=where)
     yield Problem(4, min(shape.batch, 64), min(shape.hidden, 1024), cell=shape.cell, device=where)

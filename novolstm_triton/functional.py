@@ -267,10 +267,14 @@ def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple
             raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
     tensors: dict[str, Any] = dict(zip(_GRADIENTS, given, strict=True))
     x, weight_ih, weight_hh = (tensors[name] for name in ("x", "weight_ih", "weight_hh"))
-    rank = weight_ih.dim()
-    for name, tensor, wanted in (("x", x, (3,)), ("weight_ih", weight_ih, (2, 3)), ("weight_hh", weight_hh, (rank,))):
-        if tensor.dim() not in wanted:
-            raise ValueError(f"{name}: expected {' or '.join(map(str, wanted))} dimensions, got {list(tensor.shape)}")
+    both = "2, " if weight_ih.dim() == 3 else ""
+    for name, tensor, ranks, wanted in (
+        ("x", x, (3,), "[T, B, I]"),
+        ("weight_ih", weight_ih, (2, 3), "[G·H, I] or [2, G·H, I]"),
+        ("weight_hh", weight_hh, (weight_ih.dim(),), f"[{both}R·H, H]"),
+    ):
+        if tensor.dim() not in ranks:
+            raise ValueError(f"{name}: expected {wanted}, got shape {list(tensor.shape)}")
     lead, hidden = weight_ih.shape[:-2], (weight_hh if weight_hr is None else weight_hr).shape[-1]
     shapes = {
         "h_0": (*lead, x.shape[1], weight_hh.shape[-1]),
@@ -292,7 +296,8 @@ def _run(
     x, h_0 = arguments[:2]
     # No row, nothing to launch: the loop has the shapes right.
     if backend == "reference" or (x.shape[1] == 0 and arguments[3].dim() == 2):
-        return reference.layer(*arguments, *extras, weight_hr, **options._asdict())
+        everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
+        return reference.layer(*everything, **options._asdict())
     if x.shape[1] == 0:
         y = x.new_zeros(x.shape[0], 0, 2 * h_0.shape[-1])
         return y, h_0.clone(), arguments[2].clone()
@@ -518,7 +523,7 @@ def _check_backend_name(name: str, where: str) -> None:
 
 def _check_tensors(arguments: tuple[Tensor, ...], weight_hr: Tensor | None, cell: str, directions: int) -> None:
     x, h_0 = arguments[:2]
-    named = list(zip(_GRADIENTS, arguments, strict=True))
+    named: list[tuple[str, Tensor]] = list(zip(_GRADIENTS, arguments, strict=True))
     if weight_hr is not None:
         named.append(("weight_hr", weight_hr))
     for name, tensor in named:
@@ -529,9 +534,9 @@ def _check_tensors(arguments: tuple[Tensor, ...], weight_hr: Tensor | None, cell
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
     lead = () if directions == 1 else (directions,)
-    if x.dim() != 3 or h_0.dim() != 2 + len(lead):
+    if h_0.dim() != 2 + len(lead):
         wanted = "[B, H]" if directions == 1 else "[2, B, H]"
-        raise ValueError(f"expected x [T, B, I] and h_0 {wanted}, got {list(x.shape)} and {list(h_0.shape)}")
+        raise ValueError(f"h_0: expected {wanted}, got shape {list(h_0.shape)}")
     (steps, batch, inputs), projected = x.shape, h_0.shape[-1]
     hidden = projected if weight_hr is None else weight_hr.shape[-1]
     if steps < 1 or projected < 1 or hidden < 1:

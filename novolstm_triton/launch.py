@@ -225,9 +225,7 @@ def backward(
         companions.begin_chunk(rows)
         walk_c = (first, stride, start, steps, zoneout_c)
         inputs = (gamma, beta, lengths, kept)
-        _recompute_states(
-            cell, kernel_plan, walk_options, z, stats, companions.operands, c, inputs, eps, walk_c
-        )
+        _recompute_states(cell, kernel_plan, walk_options, z, stats, companions.operands, c, inputs, eps, walk_c)
         companions.multiply(weight_hh)
         if kernel_plan.exchange == "words":
             _fill_missing(dz)
@@ -323,9 +321,7 @@ class _Companions:
     gates. Both exchanges use it as they use `_HRing`. weight_hh is [D, recurrent·H, H].
     """
 
-    def __init__(
-        self, cell: CellKernels, kernel_plan: KernelPlan, x: Tensor, chunk: int, weight_hh: Tensor
-    ) -> None:
+    def __init__(self, cell: CellKernels, kernel_plan: KernelPlan, x: Tensor, chunk: int, weight_hh: Tensor) -> None:
         self._gates = cell.companion_gates if kernel_plan.exchanges == 1 else ()
         self._words = kernel_plan.exchange == "words"
         directions, _, hidden = weight_hh.shape
@@ -624,7 +620,8 @@ def _recompute_states(
             constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
             statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
         grid = (directions * batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
-        cell_states_kernel[grid](z, stats, *inputs, c, batch, states - 1, *walk, **constants[1], **FUSION)
+        arguments: tuple[Any, ...] = (z, stats, *inputs, c, batch, states - 1, *walk)
+        cell_states_kernel[grid](*arguments, **constants[1], **FUSION)
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from novolstm_triton import plan, problems, tuned
-from novolstm_triton.functional import novolstm
 from novolstm_triton.plan import Device
 from novolstm_triton.problems import Problem
-
 
 CHECK_STEPS = 5
 """Time steps of a plan's check, enough for every buffer that a step takes turns with."""
@@ -72,7 +70,7 @@ def time_plan(
     inputs, grads = _tensors(problem, dtype)
 
     def forward() -> Any:
-        return novolstm(*inputs, gate_gain=problem.gate_gain, variant=problem.variant, backend="triton")
+        return problem.call(inputs, None, "triton")
 
     with only_plan(layer, choices, Device(**device)):
         if layer.direction == "forward":

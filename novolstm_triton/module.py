@@ -4,7 +4,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,10 +138,9 @@ class RecurrentLayer(nn.Module):
         batched = input.dim() == 3
         if not batched and lengths is not None:
             raise ValueError("lengths: expected batched input beside it, got an unbatched sequence: slice it instead")
-        if not batched:
-            x = input.unsqueeze(1)
-        else:
-            x = input.transpose(0, 1) if self.batch_first else input
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
         self._check_input(x)
         if hx is not None:
             hx = self._check_state(hx, x, batched)
@@ -173,8 +172,8 @@ class RecurrentLayer(nn.Module):
             raise ValueError(f"step: expected input [B, I] or [I], got {list(input.shape)}")
         # Unbatched input has its time first, whatever batch_first says.
         time = 1 if self.batch_first and input.dim() == 2 else 0
-        y, state = self(input.unsqueeze(time), state)
-        return y.squeeze(time), state
+        y, new_state = self(input.unsqueeze(time), state)
+        return y.squeeze(time), new_state
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments, leaving out defaults, like nn.LSTM."""
@@ -239,20 +238,19 @@ class RecurrentLayer(nn.Module):
                 kept = zoneout_mask(shape, self.zoneout_h, self.zoneout_c, x.device)
         # One call for both directions where one launch takes both; elsewhere nothing is gained by stacking the weights.
         if directions == 2 and not self.proj_size and resolve_backend(self.backend, x.device) == "triton":
-            stacked = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
+            pairs = {name: [w[name] for w in weights] for name in weights[0]}
+            stacked = {name: None if pair[0] is None else torch.stack(pair) for name, pair in pairs.items()}
             return self._call(x, h_0, c_0, stacked, h_mask=h_mask, zoneout_mask=kept, **options)
         results = []
         for d, own in enumerate(weights):
-            states = (None if s is None else s[d] for s in (h_0, c_0))
-            own_mask = None if h_mask is None else h_mask[d]
+            h, c, mask = (None if a is None else a[d] for a in (h_0, c_0, h_mask))
             own_kept = None if kept is None else kept.chunk(directions, dim=2)[d]
-            masks = dict(h_mask=own_mask, zoneout_mask=own_kept)
-            results.append(self._call(x, *states, own, reverse=d == 1, **masks, **options))
+            results.append(self._call(x, h, c, own, h_mask=mask, zoneout_mask=own_kept, reverse=d == 1, **options))
         y, h_n, c_n = zip(*results, strict=True)
         return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Call the cell's function."""
         raise NotImplementedError
@@ -290,7 +288,8 @@ class RecurrentLayer(nn.Module):
         if any(s.dim() != rank for s in hx):
             kind = "batched 3-D" if batched else "unbatched 2-D"
             raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {rank}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                f"For {kind} input, hx and cx should also be {rank}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
         h_0, c_0 = (s if batched else s.unsqueeze(1) for s in hx)
         layers = self.num_layers * (2 if self.bidirectional else 1)
@@ -389,7 +388,7 @@ class NovoLSTM(RecurrentLayer):
         yield "gate_gain", 1.0
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         return call_novolstm(self, x, h_0, c_0, weights, **options)
 
@@ -443,15 +442,12 @@ class LSTM(RecurrentLayer):
         super().__init__("lstm", *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         return lstm(x, h_0, c_0, **weights, **options)
 
 
-S = TypeVar("S")
-
-
-def detach_state(state: S) -> S:
+def detach_state(state: Any) -> Any:
     """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
 
     Args:
@@ -504,22 +500,18 @@ def reset_parameters(module: nn.Module, hidden: int) -> None:
             nn.init.uniform_(parameter, -bound, bound)
 
 
-def layer_weights(module: nn.Module, suffix: str) -> dict[str, Tensor]:
+def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
     """Return the parameters of one layer and direction, the two biases added, as the functions' keyword arguments."""
-    weights = {name: getattr(module, name + suffix, None) for name in _PARAMETERS}
-    bias_ih, bias_hh = weights.pop("bias_ih"), weights.pop("bias_hh")
-    bias = None
-    if bias_ih is not None and bias_hh is not None:
-        missing = bias_ih.shape[0] - bias_hh.shape[0]
-        bias = bias_ih + (nn.functional.pad(bias_hh, (0, missing)) if missing else bias_hh)
-    elif hasattr(module, "weight_ih" + suffix):
-        weight = weights["weight_ih"]
-        bias = weight.new_zeros(weight.shape[0])
-    return {name: w for name, w in {**weights, "bias": bias}.items() if w is not None}
+    weights = {name: getattr(module, name + suffix) for name in _PARAMETERS if hasattr(module, name + suffix)}
+    bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
+    if bias is not None and recurrent is not None:
+        missing = bias.shape[0] - recurrent.shape[0]
+        bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
+    return weights | {"bias": bias}
 
 
 def call_novolstm(
-    module: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
+    module: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call `novolstm` with the options of a layer or a single cell."""
     gain = module.hidden_size if module.gate_gain == "hidden" else module.gate_gain
@@ -549,7 +541,7 @@ def check_gate_gain(gate_gain: float | str) -> None:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _described(value: Any) -> str:

@@ -218,16 +218,21 @@ def chunk_steps(batch: int, hidden: int, gates: int, itemsize: int, backend: str
 
     The length takes no part, so that torch.compile does not compile again when it changes.
 
-    On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, G·H] are the largest buffer of a call.
-    On a CPU ("torch") its buffers should stay in the caches: about 2^16 units, yet enough rows for the products that
-    make the weights' gradients, and few enough steps that preparing them costs little.
+    On a GPU ("triton") a chunk fills a budget, for its pre-activations [chunk, B, G·H] are the largest buffer of a
+    call. On a CPU ("torch") its buffers should stay in the caches: about 2^16 units, yet enough rows for the products
+    that make the weights' gradients, and few enough steps that preparing them costs little.
     """
     if (chunk := _pinned_chunk()) is not None:
         return chunk
     if backend == "torch":
-        longest = torch.sym_max(256 // batch, 2**16 // (batch * hidden))
-        return torch.sym_min(64, torch.sym_max(8, longest))
-    return torch.sym_max(16, CHUNK_BYTES // (batch * hidden * gates * itemsize))
+        least, most, wanted = 8, 64, _largest(256 // batch, 2**16 // (batch * hidden))
+        return torch.sym_min(most, _largest(least, wanted))  # pyright: ignore[reportReturnType]
+    return _largest(16, CHUNK_BYTES // (batch * hidden * gates * itemsize))
+
+
+def _largest(a: int, b: int) -> int:
+    """Return the larger one; traced with a batch of any size, an expression of that size."""
+    return torch.sym_max(a, b)  # pyright: ignore[reportReturnType]
 
 
 CHUNK_BYTES = 2**26

@@ -36,7 +36,10 @@ class Problem:
 
     def __str__(self) -> str:
         """Return sizes and options as one short word."""
-        flags = [self.cell, *(flag for flag in ("lengths", "reverse", "bidirectional", "h_mask") if getattr(self, flag))]
+        flags = [
+            self.cell,
+            *(flag for flag in ("lengths", "reverse", "bidirectional", "h_mask") if getattr(self, flag)),
+        ]
         flags += [] if self.zoneout == "none" else [f"zoneout_{self.zoneout}"]
         flags += [f"P{self.projection}"] if self.projection else []
         return f"T{self.steps}-B{self.batch}-H{self.hidden}-{'-'.join(flags)}"

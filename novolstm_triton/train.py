@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from novolstm_triton.bytemodel import ByteModel, printable, sample, save_model
+from novolstm_triton.cells import VARIANTS
 from novolstm_triton.functional import BACKENDS, resolve_backend
-from novolstm_triton.reference import RECURRENT_GATES
 from novolstm_triton.text import ByteStream, UsageError, read_text, split_text
 
 CELLS = ("novolstm", "lstm")
@@ -90,7 +90,7 @@ class TrainConfig:
             isinstance(self.gate_gain, (int, float)) and math.isfinite(self.gate_gain)
         ):
             raise UsageError(f'--gate-gain: expected a number or "hidden", got {self.gate_gain!r}')
-        known = {"dtype": DTYPES, "device": DEVICES, "backend": BACKENDS, "cell": CELLS, "variant": RECURRENT_GATES}
+        known = {"dtype": DTYPES, "device": DEVICES, "backend": BACKENDS, "cell": CELLS, "variant": VARIANTS}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise UsageError(f"{_flag(name)}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")

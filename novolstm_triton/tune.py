@@ -40,11 +40,11 @@ class Calls(Protocol):
         """Call a function and return its result; raise CallError if there is none."""
 
 
-def keys(hidden: Sequence[int], batch: Sequence[int], dtype: Sequence[str], variant: Sequence[str]) -> Iterator[Key]:
+def keys(hidden: Sequence[int], batch: Sequence[int], dtype: Sequence[str], cell: Sequence[str]) -> Iterator[Key]:
     """Yield a key for each combination and both directions."""
-    for v, d, h, b in itertools.product(variant, dtype, hidden, batch):
+    for c, d, h, b in itertools.product(cell, dtype, hidden, batch):
         for direction in ("forward", "backward"):
-            yield Key(h, b, d, v, direction)
+            yield Key(h, b, d, c, direction)
 
 
 def tune(

@@ -61,7 +61,7 @@ class Key:
     """"forward" or "backward"."""
 
     @property
-    def kernel(self) -> tuple[int, torch.dtype, int, str]:
+    def kernel(self) -> tuple[int, torch.dtype, str, str]:
         """All of it but the batch."""
         return self.hidden, DTYPES[self.dtype], self.cell, self.direction
 

@@ -102,9 +102,7 @@ def test_other_exchanges_compile(tmp_path, options):
     "arguments",
     [
         pytest.param(["--arch", "sm_90", "--dtype", "fp32"], id="fp32"),
-        pytest.param(
-            ["--arch", "sm_90", "--cell", "notebook", "--lengths", "--dtype", "fp16"], id="notebook-lengths"
-        ),
+        pytest.param(["--arch", "sm_90", "--cell", "notebook", "--lengths", "--dtype", "fp16"], id="notebook-lengths"),
         pytest.param(["--arch", "sm_100", "gfx942"], id="sm_100-gfx942"),
     ],
 )

@@ -48,7 +48,7 @@ def test_cpu_is_checked(doctor):
     code, text = doctor(*SMALL)
     assert code == 0
     assert '"auto" is          torch: tensors are on the CPU' in text
-    assert "H=20 B=3 T=9 fp32, variant formula" in text
+    assert "H=20 B=3 T=9 fp32, cell formula" in text
     assert "PyTorch sees no GPU" in text
     for version in environment.versions().values():
         assert version in text
@@ -164,7 +164,7 @@ def test_streaming_by_choice_is_told(doctor):
 
 def test_tuned_plan_is_told(doctor, tmp_path):
     device = dataclasses.replace(plan.H200, name="NVIDIA H200")
-    entry = Entry(Key(512, 64, "bf16", 5, "forward"), dict(slices=8), 1.25)
+    entry = Entry(Key(512, 64, "bf16", "formula", "forward"), dict(slices=8), 1.25)
     tuned.write(tmp_path / "plans.json", device, {}, [entry])
     tuned.load(tmp_path / "plans.json")
     code, text = doctor("--device", "h200", "--hidden", "512", "--batch", "20")
@@ -195,7 +195,7 @@ def test_layer_that_the_kernels_refuse_is_a_problem(arguments, message, doctor):
         pytest.param(["--device", "h900"], "one of .*h200.*; got 'h900'", id="device"),
         pytest.param(["--hidden", "0"], "--hidden: expected at least 1, got 0", id="hidden"),
         pytest.param(["--dtype", "int8"], "--dtype: expected one of bf16", id="dtype"),
-        pytest.param(["--variant", "gru"], "--variant: expected one of formula", id="variant"),
+        pytest.param(["--cell", "gru"], "--cell: expected one of lstm", id="cell"),
     ],
 )
 def test_request_that_cannot_be_met(arguments, message, capsys):

@@ -22,7 +22,7 @@ BENCH = pathlib.Path(__file__).resolve().parent.parent / "bench"
 PROBLEMS = {
     "H512": Problem(64, 16, 512, inputs_size=512),
     "H128-lengths": Problem(40, 5, 128, inputs_size=64, lengths=True),
-    "H256-notebook": Problem(33, 33, 256, variant="notebook", reverse=True),
+    "H256-notebook": Problem(33, 33, 256, cell="notebook", reverse=True),
 }
 CHOICES = {"default": {}} | {name: dict(exchange=name) for name in plan.EXCHANGES}
 

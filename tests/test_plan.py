@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
 from .problems import Problem
@@ -27,10 +28,10 @@ def kernel_plans(hidden, batch, dtype, device, **options):
     hidden=st.integers(1, 8192),
     batch=st.integers(1, 5000),
     dtype=st.sampled_from(DTYPES),
-    recurrent=st.sampled_from([4, 5]),
+    cell=st.sampled_from(sorted(CELLS)),
 )
-def test_stays_within_the_device(device, hidden, batch, dtype, recurrent):
-    for p in kernel_plans(hidden, batch, dtype, device, recurrent=recurrent):
+def test_stays_within_the_device(device, hidden, batch, dtype, cell):
+    for p in kernel_plans(hidden, batch, dtype, device, cell=cell):
         assert p.smem_bytes <= device.smem_bytes
         assert p.slices == 1 or p.slices * p.tiles_per_launch <= device.multiprocessors
         assert (p.exchange == "none") == (p.slices == 1)
@@ -159,9 +160,9 @@ def test_impossible_pin_stops_the_call_before_anything_runs():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_chunk(backend):
     with plan.forced(chunk=3):
-        assert plan.chunk_steps(64, 512, 2, backend) == 3
-    assert 100 <= plan.chunk_steps(64, 512, 2, "triton") <= 500
-    assert plan.chunk_steps(1024, 4096, 2, backend) >= 8
+        assert plan.chunk_steps(64, 512, 5, 2, backend) == 3
+    assert 100 <= plan.chunk_steps(64, 512, 5, 2, "triton") <= 500
+    assert plan.chunk_steps(1024, 4096, 5, 2, backend) >= 8
 
 
 def test_no_cliff_from_one_row_to_thousands():

@@ -34,7 +34,7 @@ def sample_cases(count: int) -> list:
             steps,
             batch,
             hidden,
-            variant=generator.choice(("formula", "notebook")),
+            cell=generator.choice(("formula", "notebook")),
             lengths=generator.random() < 0.5,
             reverse=generator.random() < 0.5,
             seed=len(cases),
@@ -71,7 +71,7 @@ def test_matches_float64_under_every_policy(seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("slices", [1, 4])
 def test_sixteen_bit_dtypes(dtype, slices, variant):
-    problem = Problem(steps=7, batch=5, hidden=40, variant=variant, lengths=slices == 4)
+    problem = Problem(steps=7, batch=5, hidden=40, cell=variant, lengths=slices == 4)
     with cooperative(1), plan.forced(device=ROOMY, slices=slices, chunk=3):
         result = problem.run("triton", dtype)
     assert result["y"].dtype == dtype
@@ -86,7 +86,7 @@ SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr", "late_ring_ptr")
 @pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize("seed", range(6))
 def test_self_validating_words(seed, lengths, variant):
-    problem = Problem(steps=5, batch=18, hidden=20, variant=variant, lengths=lengths, reverse=seed % 2 == 1, seed=seed)
+    problem = Problem(steps=5, batch=18, hidden=20, cell=variant, lengths=lengths, reverse=seed % 2 == 1, seed=seed)
     pins = dict(slices=3, chunk=2, block_k=(16, None)[seed % 2])
     with (
         cooperative(seed, poison=True, exempt=SELF_VALIDATING) as report,
@@ -114,7 +114,7 @@ def test_exact_under_fifty_schedules(exchange, exchanges):
 @pytest.mark.parametrize("variant", ["formula", "notebook"])
 @pytest.mark.parametrize("slices", [2, 4])
 def test_one_exchange_in_backward(slices, variant, dtype):
-    problem = Problem(steps=7, batch=18, hidden=40, variant=variant, lengths=slices == 2, reverse=slices == 4)
+    problem = Problem(steps=7, batch=18, hidden=40, cell=variant, lengths=slices == 2, reverse=slices == 4)
     with cooperative(slices), plan.forced(device=ROOMY, slices=slices, chunk=3, exchanges=1):
         result = problem.run("triton", dtype)
     assert_as_exact_as_eager(problem, result, dtype)
@@ -155,7 +155,7 @@ def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
 @pytest.mark.parametrize("variant", ["formula", "notebook"])
 def test_cluster(variant):
     """One program to the interpreter, whose exchanges are the compiler's: what is left is the arithmetic."""
-    problem = Problem(steps=4, batch=3, hidden=40, variant=variant, lengths=True)
+    problem = Problem(steps=4, batch=3, hidden=40, cell=variant, lengths=True)
     with cooperative(0, poison=True), plan.forced(device=plan.H200, exchange="cluster"):
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
             with pytest.raises(RuntimeError, match="needs Triton 3\\.9 or newer"):

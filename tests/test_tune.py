@@ -19,7 +19,7 @@ from .cooperative import cooperative
 
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)
 ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
-KEY = Key(256, 16, "bf16", 5, "forward")
+KEY = Key(256, 16, "bf16", "formula", "forward")
 RIGHT = {"y": (0.5, 1.0)}
 
 
@@ -63,7 +63,7 @@ def nothing_in_force():
 def test_keys_are_all_combinations_in_both_directions():
     keys = list(tune.keys([8, 16], [1, 2], ["bf16", "fp32"], ["formula", "notebook"]))
     assert len(set(keys)) == len(keys) == 32
-    assert Key(16, 2, "fp32", 4, "backward") in keys
+    assert Key(16, 2, "fp32", "notebook", "backward") in keys
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -143,7 +143,7 @@ def test_key_without_a_plan_that_passes_is_reported_and_the_others_go_on(tmp_pat
     small = dataclasses.replace(KEY, hidden=16)
     # One slice of 2048 units fits no such device.
     failed, lines = run(
-        tmp_path / "plans.json", MadeUp(check=check), large := Key(4096, 16, "bf16", 5, "forward"), small
+        tmp_path / "plans.json", MadeUp(check=check), large := Key(4096, 16, "bf16", "formula", "forward"), small
     )
     assert failed == [large]
     assert any("no candidate passed" in line for line in lines)
@@ -200,7 +200,7 @@ def test_file_that_is_none_of_plans_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_measured_plan_is_the_one_that_runs(direction):
-    key = Key(20, 3, "fp32", 5, direction)
+    key = Key(20, 3, "fp32", "formula", direction)
     arguments = dict(key=dataclasses.asdict(key), device=dataclasses.asdict(ROOMY), where="cpu")
     programs = {}
     for slices in (1, 3, 4):
@@ -215,9 +215,9 @@ def test_measured_plan_is_the_one_that_runs(direction):
 
 def test_wrong_kernel_fails_its_check(monkeypatch):
     affine = launch._affine
-    monkeypatch.setattr(launch, "_affine", lambda parameter, gain: 1.1 * affine(parameter, gain))
+    monkeypatch.setattr(launch, "_affine", lambda *arguments: 1.1 * affine(*arguments))
     device = measure.describe_device("cpu")
-    checked = measure.check_plan(dataclasses.asdict(Key(4, 2, "fp32", 5, "forward")), {}, device, "cpu")
+    checked = measure.check_plan(dataclasses.asdict(Key(4, 2, "fp32", "formula", "forward")), {}, device, "cpu")
     assert excess(*checked["y"]) > 1
 
 
@@ -299,7 +299,7 @@ def test_command_passes_its_options_on(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "tune", lambda wanted, out, **options: asked.append((wanted, options)) or wanted[:1])
-    assert main(["tune", "--hidden", "8,16,8", "--variant", "notebook", "--candidates", "5"]) == 1
+    assert main(["tune", "--hidden", "8,16,8", "--cell", "notebook", "--candidates", "5"]) == 1
     ((wanted, options),) = asked
     assert wanted == list(tune.keys([8, 16], [16], ["bf16"], ["notebook"]))
     assert options == dict(steps=256, candidates=5, timeout_s=120.0)
@@ -314,7 +314,7 @@ def test_command_passes_its_options_on(monkeypatch, capsys):
         pytest.param(
             ["--hidden", "8", "--dtype", "fp64"], "--dtype: expected names among bf16, fp16, fp32", id="dtype"
         ),
-        pytest.param(["--hidden", "8", "--variant", "gru"], "--variant: expected names among formula", id="variant"),
+        pytest.param(["--hidden", "8", "--cell", "gru"], "--cell: expected names among lstm", id="cell"),
     ],
 )
 def test_bad_option_names_itself(arguments, message, capsys):

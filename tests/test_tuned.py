@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from novolstm_triton import launch, plan, tuned
-from novolstm_triton.kernels.novolstm import FORMULA
 from novolstm_triton.plan import Pins
 from novolstm_triton.tuned import Entry, Key, PlanFile, TunedPlans
 
@@ -33,7 +32,7 @@ def nothing_in_force(monkeypatch):
 
 
 def entry(choices=CHOICES, **fields) -> Entry:
-    key = dict(hidden=256, batch=16, dtype="bf16", recurrent=5, direction="forward")
+    key = dict(hidden=256, batch=16, dtype="bf16", cell="formula", direction="forward")
     return Entry(Key(**{**key, **fields}), choices, 1.5)
 
 
@@ -63,7 +62,7 @@ def test_entry_decides_its_direction_alone():
         pytest.param(entry(hidden=255), id="hidden"),
         pytest.param(entry(batch=15), id="smaller-batch"),
         pytest.param(entry(dtype="fp16"), id="dtype"),
-        pytest.param(entry(recurrent=4), id="cell"),
+        pytest.param(entry(cell="notebook"), id="cell"),
         pytest.param(entry(direction="backward"), id="direction"),
     ],
 )
@@ -143,7 +142,7 @@ def test_entry_changes_the_plan_that_runs(tmp_path):
             tuned.load(path)
         with cooperative(1) as report, plan.forced(device=roomy):
             result = problem.run("triton", torch.float32)
-            kernel_plans = launch.launch_plan(torch.empty(1, 3, 1), 20, FORMULA)
+            kernel_plans = launch.launch_plan(torch.empty(1, 3, 1), 20, "formula")
         assert_as_exact_as_eager(problem, result, torch.float32)
         programs.append((report.programs, kernel_plans.forward.slices, kernel_plans.backward.slices))
     (before, forward, backward), (after, *slices) = programs
@@ -156,7 +155,7 @@ def test_entry_changes_the_plan_that_runs(tmp_path):
 
 
 def test_written_file_is_read_back(tmp_path):
-    entries = (entry(), entry(batch=64, direction="backward", recurrent=4))
+    entries = (entry(), entry(batch=64, direction="backward", cell="notebook"))
     (file,) = tuned.read(write(tmp_path / "plans.json", *entries))
     assert (file.device, file.versions, file.entries) == (GPU, {"torch": "2.13"}, entries)
     assert [path.name for path in tmp_path.iterdir()] == ["plans.json"]
@@ -177,12 +176,20 @@ VALID = json.loads(
             device=dataclasses.asdict(GPU),
             versions={"torch": "2.13"},
             entries=[
-                dict(hidden=256, batch=16, dtype="bf16", recurrent=5, direction="forward", choices=CHOICES, step_us=1.5)
+                dict(
+                    hidden=256,
+                    batch=16,
+                    dtype="bf16",
+                    cell="formula",
+                    direction="forward",
+                    choices=CHOICES,
+                    step_us=1.5,
+                )
             ],
         )
     )
 )
-ENTRY = r"entry 0 \(H=256 B=16 bf16 recurrent=5 forward\): "
+ENTRY = r"entry 0 \(H=256 B=16 bf16 formula forward\): "
 
 
 def changed(*path, value=None, remove=False):
@@ -214,7 +221,8 @@ def changed(*path, value=None, remove=False):
         pytest.param(changed("entries", 0, "hidden", value=0), "entry 0: hidden: expected 1 to", id="hidden"),
         pytest.param(changed("entries", 0, "batch", value=10**400), "entry 0: batch: expected 1 to", id="huge"),
         pytest.param(changed("entries", 0, "dtype", value="int8"), "dtype: expected one of .*'int8'", id="dtype"),
-        pytest.param(changed("entries", 0, "recurrent", value=True), "recurrent: expected int, got True", id="bool"),
+        pytest.param(changed("entries", 0, "hidden", value=True), "hidden: expected int, got True", id="bool"),
+        pytest.param(changed("entries", 0, "cell", value="gru"), "cell: expected one of .*'gru'", id="cell"),
         pytest.param(changed("entries", 0, "direction", value="up"), "direction: expected one of", id="direction"),
         pytest.param(changed("entries", 0, "step_us", value=-1), "step_us: expected a positive number", id="time"),
         pytest.param(changed("entries", 0, "step_us", value=10**400), "step_us: expected a positive", id="huge-time"),
