@@ -306,7 +306,7 @@ def _run(
     *rows, hidden = h_0.shape
     gates = len(CELLS[options.cell].gates)
     chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
-    y, h_n, c_n, _ = forward_op(*arguments, *extras, *options, backend, chunk)
+    y, h_n, c_n, _ = _call_forward(*arguments, *extras, *options, backend, chunk)
     return y, h_n, c_n
 
 
@@ -451,7 +451,7 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple:
     """Run the backward operator, under the pins of the forward call."""
     needs = list(ctx.needs_input_grad[: len(_GRADIENTS)])
     with contextlib.nullcontext() if torch.compiler.is_compiling() else in_force(ctx.pins):
-        gradients = backward_op(*(g.contiguous() for g in grads[:3]), *ctx.saved_tensors, *ctx.options, needs)
+        gradients = _call_backward(*(g.contiguous() for g in grads[:3]), *ctx.saved_tensors, *ctx.options, needs)
     pairs = zip(gradients, needs, strict=True)
     return *(g if needed else None for g, needed in pairs), *[None] * (len(ctx.needs_input_grad) - len(needs))
 
@@ -493,12 +493,51 @@ backward_op.register_autograd(_second_backward, setup_context=_save_for_second_b
 
 def _map_over_batch(op: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Run an operator for each member of a batch that vmap has made, one after the other."""
-    batch = next(a.shape[d] for a, d in zip(args, in_dims, strict=True) if d is not None)
+    # A list has a list of dimensions, none of which is mapped over.
+    places = [d if isinstance(d, int) else None for d in in_dims]
+    batch = next(a.shape[d] for a, d in zip(args, places, strict=True) if d is not None)
     results = []
     for k in range(batch):
-        results.append(op(*(a if d is None else a.select(d, k) for a, d in zip(args, in_dims, strict=True))))
+        results.append(op(*(a if d is None else a.select(d, k) for a, d in zip(args, places, strict=True))))
     stacked = tuple(torch.stack(member) for member in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+class RecurrentFunction(torch.autograd.Function):
+    """The forward operator for torch.func, whose transforms need a function of this form; arguments are its."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """Run the operator."""
+        return forward_op(*arguments)
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
+
+
+class RecurrentBackward(torch.autograd.Function):
+    """The backward operator, likewise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """Run the operator."""
+        return backward_op(*arguments)
+
+    setup_context = staticmethod(_save_for_second_backward)
+    backward = staticmethod(_second_backward)
+
+
+def _call_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Run the forward operator differentiably: as it is for tracers, to which it is one node, or as a function."""
+    return forward_op(*arguments) if torch.compiler.is_compiling() else RecurrentFunction.apply(*arguments)
+
+
+def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return backward_op(*arguments) if torch.compiler.is_compiling() else RecurrentBackward.apply(*arguments)
 
 
 @forward_op.register_vmap
