@@ -108,7 +108,7 @@ def novolstm(
     """Run one NovoLSTM layer over a whole sequence, in one direction or in both.
 
     Equations: `novolstm_triton.reference.step`. All floating tensors share one dtype and one device. Under autocast
-    they are cast to its dtype first. Saved for backward are x, y and c at every chunk border.
+    they are cast to its dtype first, but for fp64. Saved for backward are x, y and c at every chunk border.
 
     With a leading dimension of two on the weights, the states and `h_mask`, the layer runs in both directions over x:
     [0] from the first step to the last, [1] from the last to the first. Backend "triton" walks both at once.
@@ -226,11 +226,10 @@ def _layer(
     """Check the eight tensors of a layer and all else, choose the backend, and run one direction or both."""
     has_h_0, arguments = given[1] is not None, _filled(given, weight_hr)
     device = arguments[0].device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
-        weight_hr = weight_hr if weight_hr is None else weight_hr.to(dtype)
-        extras = extras._replace(h_mask=None if extras.h_mask is None else extras.h_mask.to(dtype))
+    if autocast_is_on(device):
+        arguments = tuple(_autocast(a) for a in arguments)
+        weight_hr = weight_hr if weight_hr is None else _autocast(weight_hr)
+        extras = extras._replace(h_mask=None if extras.h_mask is None else _autocast(extras.h_mask))
     directions = 2 if arguments[3].dim() == 3 else 1
     _check_tensors(arguments, weight_hr, options.cell, directions)
     extras = _check_extras(extras, weight_hr, arguments, options)
@@ -238,7 +237,7 @@ def _layer(
         raise ValueError("reverse: both directions are given, so it must be False")
     backend = resolve_backend(backend, device)
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         if backend == "triton":
             check_triton(arguments[0].dtype, device)
         if directions == 1 or (backend == "triton" and weight_hr is None):
@@ -253,6 +252,17 @@ def _layer(
         (y, *states), (y_reverse, *states_reverse) = results
         h_n, c_n = (torch.stack(pair) for pair in zip(states, states_reverse, strict=True))
         return torch.cat((y, y_reverse), -1), h_n, c_n
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Return whether autocast is enabled for tensors on a device; meta tensors know none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def _autocast(a: Tensor) -> Tensor:
+    """Cast as autocast does: floating tensors, but for float64."""
+    eligible = a.is_floating_point() and a.dtype != torch.float64
+    return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
 def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
