@@ -240,7 +240,7 @@ def _layer(
     with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         if backend == "triton":
             check_triton(arguments[0].dtype, device)
-        if directions == 1 or (backend == "triton" and weight_hr is None):
+        if directions == 1 or (backend == "triton" and weight_hr is None and arguments[0].shape[1] > 0):
             return _run(arguments, weight_hr, has_h_0, extras, options, backend)
         results = []
         for d, own in enumerate(zip(*(a.unbind(0) for a in arguments[1:]), strict=True)):
@@ -305,12 +305,9 @@ def _run(
     """Run one direction, or both if the backend takes both at once, with everything checked."""
     x, h_0 = arguments[:2]
     # No row, nothing to launch: the loop has the shapes right.
-    if backend == "reference" or (x.shape[1] == 0 and arguments[3].dim() == 2):
+    if backend == "reference" or x.shape[1] == 0:
         everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
         return reference.layer(*everything, **options._asdict())
-    if x.shape[1] == 0:
-        y = x.new_zeros(x.shape[0], 0, 2 * h_0.shape[-1])
-        return y, h_0.clone(), arguments[2].clone()
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
     *rows, hidden = h_0.shape
