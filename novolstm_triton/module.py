@@ -194,10 +194,10 @@ class RecurrentLayer(nn.Module):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        steps, batch, cpu = len(batch_sizes), int(batch_sizes[0]), batch_sizes.device
         # Of the rows in their packed order, the longest first: row b has a step wherever more than b rows have.
-        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
-        valid = (torch.arange(steps).unsqueeze(1) < sorted_lengths).to(data.device)
+        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=cpu)).sum(0)
+        valid = (torch.arange(steps, device=cpu).unsqueeze(1) < sorted_lengths).to(data.device)
         x = data.new_zeros(steps, batch, data.shape[1]).masked_scatter(valid.unsqueeze(2), data)
         self._check_input(x)
         if hx is not None:
