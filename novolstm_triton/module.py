@@ -40,10 +40,9 @@ class RecurrentLayer(nn.Module):
         backend: str,
     ) -> None:
         super().__init__()
-        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
+        if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
+            num_layers = int(num_layers)
         if not _is_share(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -54,6 +53,10 @@ class RecurrentLayer(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
+        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if proj_size < 0:
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
@@ -541,7 +544,7 @@ def check_gate_gain(gate_gain: float | str) -> None:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _described(value: Any) -> str:
