@@ -558,6 +558,4 @@ def _described(value: Any) -> str:
 
 def _scalar_type(tensor: Tensor) -> str:
     """Return a dtype's name as PyTorch's C++ messages spell it."""
-    names = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16"}
-    name = str(tensor.dtype).removeprefix("torch.")
-    return names.get(name, name.capitalize())
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
