@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.functional import BACKENDS, lstm, novolstm, resolve_backend
+from novolstm_triton.functional import BACKENDS, in_autocast, lstm, novolstm, resolve_backend
 from novolstm_triton.regularisers import dropout_mask, zoneout_mask
 
 State = tuple[Tensor, Tensor]
@@ -261,7 +261,7 @@ class RecurrentLayer(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
         weight = self.weight_ih_l0
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not in_autocast(x.device):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -302,7 +302,7 @@ class RecurrentLayer(nn.Module):
                     f"Input and hidden tensors are not at the same device, found input tensor at {x.device} and "
                     f"hidden tensor at {s.device}"
                 )
-            if s.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if s.dtype != x.dtype and not in_autocast(x.device):
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
                     f"{_scalar_type(x)} and hidden tensor with {_scalar_type(s)}"
