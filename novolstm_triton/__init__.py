@@ -7,6 +7,7 @@ the Triton kernels are launched; `use_backend` chooses a backend for a block of 
 from novolstm_triton import functional, plan
 from novolstm_triton.functional import use_backend
 from novolstm_triton.module import LSTM, NovoLSTM, detach_state
+from novolstm_triton.single_step import LSTMCell, NovoLSTMCell
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "NovoLSTM", "detach_state", "functional", "plan", "use_backend"]
+__all__ = ["LSTM", "LSTMCell", "NovoLSTM", "NovoLSTMCell", "detach_state", "functional", "plan", "use_backend"]

@@ -1,24 +1,36 @@
 """The layers as modules with nn.LSTM's constructor, call and parameters: `NovoLSTM` and `LSTM`. No math."""
 
-import math
 import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm, resolve_backend
+from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.functional import resolve_backend
+from novolstm_triton.recurrent import (
+    PARAMETERS,
+    LSTMFunction,
+    NovoLSTMFunction,
+    Recurrent,
+    State,
+    check_bool,
+    check_device,
+    check_pair,
+    check_positive,
+    check_state_ranks,
+    layer_weights,
+    parameter_shapes,
+    same_dtype,
+    scalar_type,
+)
 from novolstm_triton.regularisers import dropout_mask, zoneout_mask
 
-State = tuple[Tensor, Tensor]
-"""(h, c)."""
 
-
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(Recurrent):
     """What `NovoLSTM` and `LSTM` have in common: nn.LSTM's surface around a cell. Not to be used itself."""
 
     def __init__(
@@ -39,7 +51,6 @@ class RecurrentLayer(nn.Module):
         zoneout_c: float,
         backend: str,
     ) -> None:
-        super().__init__()
         # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
         if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
             num_layers = int(num_layers)
@@ -53,10 +64,9 @@ class RecurrentLayer(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        check_bool(batch_first=batch_first, bidirectional=bidirectional)
+        super().__init__(input_size, hidden_size, bias, backend)
+        check_positive(num_layers=num_layers)
         if proj_size < 0:
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
@@ -68,11 +78,7 @@ class RecurrentLayer(nn.Module):
                 raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
         if proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
             raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
-        check_backend(backend)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
         self.num_layers = num_layers
-        self.bias = bias
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
@@ -80,7 +86,6 @@ class RecurrentLayer(nn.Module):
         self.recurrent_dropout = float(recurrent_dropout)
         self.zoneout_h = float(zoneout_h)
         self.zoneout_c = float(zoneout_c)
-        self.backend = backend
 
         output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
         for layer in range(num_layers):
@@ -92,10 +97,6 @@ class RecurrentLayer(nn.Module):
                     self.register_parameter(name + suffix, parameter)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
-        reset_parameters(self, self.hidden_size)
-
     def flatten_parameters(self) -> None:
         """Do nothing: the weights need no common memory. For code that calls it on an nn.LSTM."""
 
@@ -105,7 +106,7 @@ class RecurrentLayer(nn.Module):
         weights = []
         for layer in range(self.num_layers):
             for suffix in self._suffixes(layer):
-                names = (name + suffix for name in _PARAMETERS)
+                names = (name + suffix for name in PARAMETERS)
                 weights.append([getattr(self, name) for name in names if hasattr(self, name)])
         return weights
 
@@ -178,13 +179,7 @@ class RecurrentLayer(nn.Module):
         y, new_state = self(input.unsqueeze(time), state)
         return y.squeeze(time), new_state
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments, leaving out defaults, like nn.LSTM."""
-        shown = [f"{name}={getattr(self, name)!r}" for name, value in self._defaults() if getattr(self, name) != value]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
-
     def _defaults(self) -> Iterator[tuple[str, Any]]:
-        """Yield the constructor's options and their defaults, in the order in which they are shown."""
         yield from {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False}.items()
         yield from {"dropout": 0.0, "bidirectional": False, "recurrent_dropout": 0.0}.items()
         yield from {"zoneout_h": 0.0, "zoneout_c": 0.0, "backend": "auto"}.items()
@@ -252,28 +247,18 @@ class RecurrentLayer(nn.Module):
         y, h_n, c_n = zip(*results, strict=True)
         return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the cell's function."""
-        raise NotImplementedError
-
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
 
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
         weight = self.weight_ih_l0
-        if x.dtype != weight.dtype and not autocast_is_on(x.device):
+        if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
-        if x.device != weight.device:
-            raise RuntimeError(
-                f"Input and parameter tensors are not at the same device, found input tensor at {x.device} and "
-                f"parameter tensor at {weight.device}"
-            )
+        check_device(x, "parameter", weight)
         if x.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
@@ -283,37 +268,24 @@ class RecurrentLayer(nn.Module):
 
     def _check_state(self, hx: Any, x: Tensor, batched: bool) -> State:
         """Check the states for x [T, B, I]; return them with their dimension of rows."""
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
-            raise TypeError(
-                f"{type(self).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}"
-            )
-        rank = 3 if batched else 2
-        if any(s.dim() != rank for s in hx):
-            kind = "batched 3-D" if batched else "unbatched 2-D"
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {rank}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+        check_pair(self, hx)
+        check_state_ranks(hx, 3 if batched else 2, batched)
         h_0, c_0 = (s if batched else s.unsqueeze(1) for s in hx)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         for position, (s, units) in enumerate(((h_0, self.proj_size or self.hidden_size), (c_0, self.hidden_size))):
             expected = (layers, x.shape[1], units)
             if tuple(s.shape) != expected:
                 raise RuntimeError(f"Expected hidden[{position}] size {expected}, got {list(s.shape)}")
-            if s.device != x.device:
-                raise RuntimeError(
-                    f"Input and hidden tensors are not at the same device, found input tensor at {x.device} and "
-                    f"hidden tensor at {s.device}"
-                )
-            if s.dtype != x.dtype and not autocast_is_on(x.device):
+            check_device(x, "hidden", s)
+            if not same_dtype(x, s):
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
-                    f"{_scalar_type(x)} and hidden tensor with {_scalar_type(s)}"
+                    f"{scalar_type(x)} and hidden tensor with {scalar_type(s)}"
                 )
         return h_0, c_0
 
 
-class NovoLSTM(RecurrentLayer):
+class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
     r"""A stacked, optionally bidirectional NovoLSTM, called like `torch.nn.LSTM`.
 
     An LSTM whose input gate is i = gain · LayerNorm(σ(z_i)) · softmax(z_p), both over the hidden units (equations:
@@ -376,27 +348,12 @@ class NovoLSTM(RecurrentLayer):
         backend: str = "auto",
     ) -> None:
         cell = novolstm_cell(variant, layer_norm)
-        check_gate_gain(gate_gain)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(cell, *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
-        self.variant = variant
-        self.layer_norm = layer_norm
-        self.ln_eps = CELLS[cell].eps if ln_eps is None else float(ln_eps)
-        self.gate_gain = gate_gain
-
-    def _defaults(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._defaults()
-        yield from {"variant": "formula", "layer_norm": "input_gate"}.items()
-        yield "ln_eps", CELLS[novolstm_cell(self.variant, self.layer_norm)].eps
-        yield "gate_gain", 1.0
-
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return call_novolstm(self, x, h_0, c_0, weights, **options)
+        self._set_options(variant, layer_norm, ln_eps, gate_gain)
 
 
-class LSTM(RecurrentLayer):
+class LSTM(LSTMFunction, RecurrentLayer):
     r"""A drop-in for `torch.nn.LSTM`: the same function, parameters and call, on this library's engine.
 
     Args:
@@ -444,11 +401,6 @@ class LSTM(RecurrentLayer):
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("lstm", *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return lstm(x, h_0, c_0, **weights, **options)
-
 
 def detach_state(state: Any) -> Any:
     """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
@@ -468,94 +420,5 @@ def detach_state(state: Any) -> Any:
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
 
 
-_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "ln_weight", "ln_bias")
-"""Names of a layer's parameters, in the order of registration; not every layer has them all."""
-
-
-def parameter_shapes(
-    cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's parameters by their names without suffix, for an input of so many features."""
-    blocks = CELLS[cell]
-    gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
-    shapes: dict[str, tuple[int, ...]] = {
-        "weight_ih": (gates, features),
-        "weight_hh": (recurrent, proj_size or hidden),
-    }
-    if bias:
-        shapes |= {"bias_ih": (gates,), "bias_hh": (recurrent,)}
-    if proj_size:
-        shapes |= {"weight_hr": (proj_size, hidden)}
-    if norms:
-        shapes |= {"ln_weight": (norms,), "ln_bias": (norms,)}
-    return shapes
-
-
-def reset_parameters(module: nn.Module, hidden: int) -> None:
-    """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
-    bound = 1.0 / math.sqrt(hidden)
-    for name, parameter in module.named_parameters():
-        if name.startswith("ln_weight"):
-            nn.init.ones_(parameter)
-        elif name.startswith("ln_bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.uniform_(parameter, -bound, bound)
-
-
-def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
-    """Return the parameters of one layer and direction, the two biases added, as the functions' keyword arguments."""
-    weights = {name: getattr(module, name + suffix) for name in _PARAMETERS if hasattr(module, name + suffix)}
-    bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
-    if bias is not None and recurrent is not None:
-        missing = bias.shape[0] - recurrent.shape[0]
-        bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
-    return weights | {"bias": bias}
-
-
-def call_novolstm(
-    module: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `novolstm` with the options of a layer or a single cell."""
-    gain = module.hidden_size if module.gate_gain == "hidden" else module.gate_gain
-    own = dict(eps=module.ln_eps, gate_gain=float(gain), variant=module.variant, layer_norm=module.layer_norm)
-    return novolstm(x, h_0, c_0, **weights, **own, **options)
-
-
-def check_positive(**sizes: Any) -> None:
-    """Raise TypeError or ValueError, in nn.LSTM's words, unless every size is a positive integer."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-        if value <= 0:
-            raise ValueError(f"{name} must be greater than zero")
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError if there is no such backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-
-
-def check_gate_gain(gate_gain: float | str) -> None:
-    """Raise ValueError if this is neither a number nor "hidden"."""
-    if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
-        raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
-
-
 def _is_share(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _described(value: Any) -> str:
-    """Return a wrong state as a short phrase."""
-    if isinstance(value, Tensor):
-        return f"a Tensor {list(value.shape)}: an LSTM has two states"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
-    return type(value).__name__
-
-
-def _scalar_type(tensor: Tensor) -> str:
-    """Return a dtype's name as PyTorch's C++ messages spell it."""
-    return tensor.type().rpartition(".")[2].removesuffix("Tensor")

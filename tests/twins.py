@@ -81,9 +81,7 @@ def _flat(args: tuple) -> list[Tensor]:
     return flat + [s for state in states if state is not None for s in state]
 
 
-def assert_close(
-    results: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor] | None = None
-) -> None:
+def assert_close(results: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor] | None = None) -> None:
     """Require results as exact as eager ones: errors of at most twice theirs, plus the floor of the results' dtype.
 
     Without eager results, which would be the truth's, the floor alone.
