@@ -1,9 +1,10 @@
 """The layers as modules with nn.LSTM's constructor, call and parameters: `NovoLSTM` and `LSTM`. No math."""
 
 import numbers
+import os
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ from novolstm_triton.recurrent import (
     scalar_type,
 )
 from novolstm_triton.regularisers import dropout_mask, zoneout_mask
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class RecurrentLayer(Recurrent):
@@ -352,6 +356,76 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
         super().__init__(cell, *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
         self._set_options(variant, layer_norm, ln_eps, gate_gain)
 
+    @classmethod
+    def from_lstm(cls, lstm: "nn.LSTM | LSTM", **options: Any) -> "NovoLSTM":
+        """Return a layer that starts from a trained LSTM. It does not compute what the LSTM computes.
+
+        The rows i|f|g|o of weights and biases, and weight_hr, are copies of the LSTM's; the rows p and the layer
+        normalisations are as freshly initialised. The input gate is another function of them, so the layer is to be
+        trained. Sizes, bias, batch_first, dropout, device, dtype, training mode and each parameter's requires_grad
+        are the LSTM's; so are recurrent_dropout, zoneout and backend of an `LSTM` where no options say otherwise.
+
+        Args:
+            lstm: nn.LSTM or `LSTM`.
+            **options: NovoLSTM's keyword options: variant, layer_norm, gate_gain and so on.
+
+        Raises:
+            TypeError: `lstm` is no LSTM, or there is no such option.
+            ValueError: its parameters are not those of an LSTM (it is pruned, for example), or an option's value.
+        """
+        from novolstm_triton.convert import novolstm_from_lstm
+
+        return novolstm_from_lstm(cls, lstm, options)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        variant: str = "formula",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "NovoLSTM":
+        """Return a layer that computes what the Keras layer with these weights computes.
+
+        The names are those of the layer that the cell's author published: w_k [I, H], u_k [H, H] and b_k [H] of each
+        gate k, where c is our g and i_prime our p; gamma and beta [H]. The order of a list is the one in which that
+        layer makes them, which its `get_weights()` has, too: w, u and b of i; w and b of i_prime; w, u and b of f, of
+        c, of o; gamma; beta. The formula, of which there is no published code, also has u_i_prime [H, H], after b_o.
+        The weights of a `keras.layers.Bidirectional` are twice as many, forward first.
+
+        Args:
+            weights: a list of arrays in that order; or a dict of arrays by those names; or the path of a
+                `.weights.h5` or `.keras` file, which needs h5py.
+            variant: "formula" or "notebook", the function published as code.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: gate_gain, device, backend and so on. Where none are given, gate_gain is 1; ln_eps is 1e-3,
+                Keras's own, for both variants; batch_first is True, as in Keras; dtype is the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.keras_weights import novolstm_from_keras
+
+        return novolstm_from_keras(cls, weights, variant, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return the weights as arrays, in the order of `from_keras`, for the Keras layer's `set_weights`.
+
+        The sum of the two biases is b, and gate_gain is a factor in gamma and beta. ε is no weight: the Keras layer
+        has to have this one's `ln_eps`, and a warning says so where that is not Keras's 1e-3. bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, with a projection, zoneout or
+                layer_norm="all".
+        """
+        from novolstm_triton.keras_weights import novolstm_to_keras
+
+        return novolstm_to_keras(self)
+
 
 class LSTM(LSTMFunction, RecurrentLayer):
     r"""A drop-in for `torch.nn.LSTM`: the same function, parameters and call, on this library's engine.
@@ -400,6 +474,82 @@ class LSTM(LSTMFunction, RecurrentLayer):
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("lstm", *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
+
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM, **options: Any) -> "LSTM":
+        """Return a layer that computes what this nn.LSTM computes, with copies of its parameters.
+
+        Sizes, bias, batch_first, dropout, device, dtype, training mode and each parameter's requires_grad are those
+        of the nn.LSTM. Its hooks are not taken along.
+
+        Args:
+            lstm: nn.LSTM.
+            **options: LSTM's keyword options: backend; and recurrent_dropout, zoneout_h and zoneout_c, with which the
+                layer no longer computes the same.
+
+        Raises:
+            TypeError: `lstm` is no nn.LSTM, or there is no such option.
+            ValueError: it is of a subclass with code of its own, or its parameters are not those of an LSTM (it is
+                pruned, for example), or an option's value.
+        """
+        from novolstm_triton.convert import lstm_from_torch
+
+        return lstm_from_torch(cls, lstm, options)
+
+    def to_torch(self) -> nn.LSTM:
+        """Return the nn.LSTM that computes what this layer computes, with copies of its parameters.
+
+        Raises:
+            ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM has not, or its parameters are not
+                those of an LSTM (it is pruned, for example).
+        """
+        from novolstm_triton.convert import lstm_to_torch
+
+        return lstm_to_torch(self)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "LSTM":
+        """Return a layer that computes what the `keras.layers.LSTM` with these weights computes.
+
+        The Keras layer has to have its default activations, tanh and sigmoid, which its weights do not tell; a
+        `.keras` file does, and is checked.
+
+        Args:
+            weights: [kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]], blocks i|f|c|o, or the first two, as
+                `get_weights()` returns them, or twice as many for a `keras.layers.Bidirectional`, forward first; or a
+                dict of arrays by those names; or the path of a `.weights.h5` or `.keras` file, which needs h5py.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: device, backend and so on. Where none are given, batch_first is True, as in Keras, and dtype is
+                the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.keras_weights import lstm_from_keras
+
+        return lstm_from_keras(cls, weights, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return [kernel, recurrent_kernel, bias] for the Keras layer's `set_weights`, without bias if there is none.
+
+        A bidirectional layer returns those of the forward, then those of the backward direction. The sum of the two
+        biases is Keras's; bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, with a projection or zoneout.
+        """
+        from novolstm_triton.keras_weights import lstm_to_keras
+
+        return lstm_to_keras(self)
 
 
 def detach_state(state: Any) -> Any:
