@@ -52,6 +52,7 @@ def run_exported(module: nn.Module, example: list[Tensor], dynamic: tuple | None
         # As the signature has them.
         dynamic = (dynamic[0], dynamic[1:])
     program = torch.onnx.export(module, tuple(example), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    assert program is not None
     file = io.BytesIO()
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue())
