@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))

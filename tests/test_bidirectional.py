@@ -8,7 +8,7 @@ import torch
 from novolstm_triton import NovoLSTM, functional, launch, plan
 from novolstm_triton.functional import novolstm
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 from .problems import Problem, assert_as_exact_as_eager
 from .test_triton import ROOMY, SELF_VALIDATING
 
@@ -44,7 +44,7 @@ def test_one_launch_per_chunk_matches_float64(grids, exchange, exchanges, varian
     problem = Problem(steps=3, batch=18, hidden=20, cell=variant, lengths=lengths, bidirectional=True, seed=exchanges)
     pins = dict(exchange=exchange, exchanges=exchanges, slices=2 + exchanges % 2, block_b=16, chunk=2)
     exempt = SELF_VALIDATING if exchange == "words" else ()
-    with cooperative(problem.seed, poison=True, exempt=exempt), plan.forced(device=ROOMY, **pins):
+    with cooperative(problem.seed, poison=True, self_validating=exempt), plan.forced(device=ROOMY, **pins):
         result = problem.run("triton", torch.float32)
     # Two batch tiles of each direction.
     assert grids == [(pins["slices"], 4)] * 4

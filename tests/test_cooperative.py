@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .cooperative import (
+from novolstm_triton.testing import (
     POLICIES,
     DataRace,
     Deadlock,
@@ -77,9 +77,9 @@ def rotate(
     tl.store(y_ptr + me * WIDTH + lane, row)
 
 
-def run_rotate(seed=None, steps=3, exempt=(), check_races=True, **options):
+def run_rotate(seed=None, steps=3, self_validating=(), check_races=True, **options):
     x, y = poisoned(2, PROGRAMS, WIDTH), poisoned(PROGRAMS, WIDTH)
-    with cooperative(seed, exempt=exempt, check_races=check_races) as report:
+    with cooperative(seed, self_validating=self_validating, check_races=check_races) as report:
         rotate[(PROGRAMS,)](x, y, torch.zeros(1, dtype=torch.int32), steps, WIDTH=WIDTH, **options)
     rows = (torch.arange(PROGRAMS) + steps) % PROGRAMS
     torch.testing.assert_close(y, rows[:, None] + torch.arange(WIDTH, dtype=torch.float32))
@@ -148,7 +148,7 @@ def test_race_names_both_accesses_and_the_element():
         run_rotate(RELEASE="relaxed")
     first, earlier, later, _ = str(error.value).splitlines()
     assert re.match(r"read-write race on x_ptr\[0, \d, 0\] \(element \d+ of float32 \[2, 4, 8\]\)", first)
-    assert re.match(r"  program \(\d, 0, 0\) writes it at \S*test_cooperative.py:\d+ in rotate$", earlier)
+    assert re.match(r"  program \(\d, 0, 0\) writes it in step 0 at \S*test_cooperative.py:\d+ in rotate$", earlier)
     assert re.match(r"  program \(\d, 0, 0\) reads it at \S*test_cooperative.py:\d+ in rotate$", later)
 
 
@@ -272,14 +272,14 @@ def pass_on(x_ptr, y_ptr, LANES: tl.constexpr):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_data_that_validates_itself_may_be_exempt(seed, by_name):
     x, y = torch.full((8,), -1, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
-    with cooperative(seed, exempt=["x_ptr" if by_name else x]):
+    with cooperative(seed, self_validating=["x_ptr" if by_name else x]):
         pass_on[(3,)](x, y, LANES=8)
     assert y[1:].tolist() == [list(range(8))] * 2
 
 
 def test_stores_to_exempt_buffers_are_checked():
     x = torch.zeros(4, dtype=torch.int32)
-    with pytest.raises(DataRace, match="write-write"), cooperative(exempt=[x]):
+    with pytest.raises(DataRace, match="write-write"), cooperative(self_validating=[x]):
         all_store[(2,)](x)
 
 

@@ -12,7 +12,7 @@ from novolstm_triton.kernels.math import (
     tanh,
 )
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import novolstm_triton.kernels
 from novolstm_triton import launch, plan
 from novolstm_triton.kernels import backward, exchange, forward
 
-from .cooperative import GridError, cooperative
+from novolstm_triton.testing import GridError, cooperative
 from .problems import Problem, assert_as_exact_as_eager
 
 KERNELS = {"forward": forward, "backward": backward, "exchange": exchange}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from novolstm_triton.functional import novolstm
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 
 DATA = pathlib.Path(__file__).parent / "data"
 BACKENDS = ("reference", "torch", "triton")

@@ -9,7 +9,7 @@ import torch
 from novolstm_triton import launch, plan
 from novolstm_triton.streams import one_ahead
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 from .problems import Problem, assert_as_exact_as_eager
 
 

@@ -11,7 +11,7 @@ from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 from .problems import INPUTS, Problem, assert_as_exact_as_eager, errors
 
 # A device on which every tiling fits and many programs are resident together.
@@ -94,7 +94,7 @@ def test_self_validating_words(seed, lengths, variant):
     problem = Problem(steps=5, batch=18, hidden=20, cell=variant, seed=seed, **options)
     pins = dict(slices=3, chunk=2, block_k=(16, None)[seed % 2])
     with (
-        cooperative(seed, poison=True, exempt=SELF_VALIDATING) as report,
+        cooperative(seed, poison=True, self_validating=SELF_VALIDATING) as report,
         plan.forced(device=ROOMY, exchange="words", **pins),
     ):
         result = problem.run("triton", torch.float32)
@@ -110,7 +110,7 @@ def test_exact_under_fifty_schedules(exchange, cell, exchanges):
     exempt = SELF_VALIDATING if exchange == "words" else ()
     pins = dict(exchange=exchange, exchanges=exchanges, slices=3, chunk=3)
     for seed in range(50):
-        with cooperative(seed, poison=exchange == "barrier", exempt=exempt), plan.forced(device=ROOMY, **pins):
+        with cooperative(seed, poison=exchange == "barrier", self_validating=exempt), plan.forced(device=ROOMY, **pins):
             result = problem.run("triton", torch.float32)
         assert_as_exact_as_eager(problem, result, torch.float32)
 
@@ -129,7 +129,7 @@ def test_one_exchange_in_backward(slices, variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_self_validating_words_of_sixteen_bits(dtype):
     problem = Problem(steps=5, batch=3, hidden=40, lengths=True)
-    with cooperative(1, exempt=SELF_VALIDATING), plan.forced(device=ROOMY, exchange="words", slices=2, chunk=3):
+    with cooperative(1, self_validating=SELF_VALIDATING), plan.forced(device=ROOMY, exchange="words", slices=2, chunk=3):
         result = problem.run("triton", dtype)
     assert_as_exact_as_eager(problem, result, dtype)
 
@@ -151,7 +151,7 @@ def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
     arguments = [a.requires_grad_() for a in arguments]
     exempt = SELF_VALIDATING if exchange == "words" else ()
     pins = dict(exchange=exchange, exchanges=exchanges, slices=2, chunk=2)
-    with cooperative(3, exempt=exempt), plan.forced(device=ROOMY, **pins):
+    with cooperative(3, self_validating=exempt), plan.forced(device=ROOMY, **pins):
         outputs = novolstm(*arguments, backend="triton")
         gradients = torch.autograd.grad(outputs, arguments, grads)
     if value != "inf":

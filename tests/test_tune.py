@@ -15,7 +15,7 @@ from novolstm_triton.problems import excess
 from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import Key
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)
 ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton import LSTM, use_backend
 
-from .cooperative import cooperative
+from novolstm_triton.testing import cooperative
 from .problems import FLOORS, errors
 
 BACKENDS = ("reference", "torch", "triton")

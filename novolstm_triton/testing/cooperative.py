@@ -6,17 +6,19 @@ Inside `cooperative` each program is a coroutine that hands over before every lo
     with cooperative(seed=3) as report:
         kernel[(4,)](x, counter, ...)
 
-A wrong kernel raises `Deadlock`, `DataRace`, `OutOfBounds` or `ProgramError`; each names the programs and the kernel
-lines. The race check needs no unlucky timing, but it follows the order in which the atomics happened to come: run
-several seeds. Where the data itself says whether it has arrived (`exempt`), mistakes show only as wrong values or a
-deadlock.
+A wrong kernel raises one of the errors of this package; each names the kernel's lines, the programs, the element and the
+step. Whether accesses are ordered is found without unlucky timing, but along the order in which the atomics happened to
+come: where that may differ between runs, run several seeds.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
 import inspect
 import random
+import sys
+import textwrap
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
@@ -29,23 +31,11 @@ from triton import knobs
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
+from .allocations import Allocations, poisoned_allocations
+from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, TAG_SHIFT, WRITE, GridError, Memory, Sites
 from .interpreter_repairs import REPAIRS, generic_reduce
 from .interpreter_speed import faster
 from .schedules import POLICIES, Program
-
-__all__ = [
-    "POLICIES",
-    "DataRace",
-    "Deadlock",
-    "GridError",
-    "OutOfBounds",
-    "ProgramError",
-    "Report",
-    "cooperative",
-    "poisoned",
-    "poisoned_allocations",
-]
 
 # How many volatile loads or atomics, all repeated with no store by anyone in between, show that a program is stuck.
 _MAX_POLLS = 100
@@ -93,6 +83,7 @@ class _Grid:
         self.__name__, self.__globals__ = self.kernel.__name__, self.kernel.__globals__
         self.__signature__ = inspect.signature(self.kernel)
         self.sites, self.tensors = Sites(), []
+        self._loop = _loop_variable(self.kernel)
         self.live: list[Program] = []
         self.current: Program
         self.failure: GridError | None = None
@@ -106,7 +97,7 @@ class _Grid:
         self._calls.append((builder.grid_idx, arguments))
         if len(self._calls) == np.prod(builder.grid_dim):
             indices = [index for index, _ in self._calls]
-            self.memory = Memory(self.tensors, indices, self.sites, self.session.check_races, self.session.exempt)
+            self.memory = self.session.memory(self.tensors, indices, self.sites)
             with contextlib.ExitStack() as patches:
                 patches.callback(self._undo_helper_patches)
                 self._patch_interpreter(builder, patches)
@@ -217,9 +208,23 @@ class _Grid:
         mask = np.broadcast_to(np.asarray(mask.data, dtype=bool), pointers.data.shape)
         addresses = pointers.data[mask]
         program.site, program.address = self.sites.here(), int(addresses[0]) if len(addresses) else 0
+        if self._loop is not None:
+            self._note_step(program)
         self.report.switches += 1
         self._scheduler.switch()
         return program, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def _note_step(self, program: Program) -> None:
+        """Look up the loop variable in the kernel's frame."""
+        names, filename = self._loop
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code.co_name == names[0] and frame.f_code.co_filename == filename:
+                step = frame.f_locals.get(names[1])
+                if isinstance(step, int):
+                    self.memory.step(program.number, step)
+                return
+            frame = frame.f_back
 
     def _note(self, program: Program, addresses: np.ndarray, wrote: bool, polling: bool) -> None:
         if wrote:
@@ -238,7 +243,7 @@ class _Grid:
         else:
             self._order(program, addresses, item_bytes, *program.atomic, wrote=False)
         self._note(program, addresses, wrote=False, polling=volatile)
-        return operation(pointers, mask, other, *policy, **keywords)
+        return operation(_untagged(pointers), mask, other, *policy, **keywords)
 
     def _store(self, operation, pointers, value, mask, *policy, **keywords):
         program, addresses, item_bytes = self._hand_over(pointers, mask)
@@ -247,12 +252,12 @@ class _Grid:
         else:
             self._order(program, addresses, item_bytes, *program.atomic, wrote=True, replace=True)
         self._note(program, addresses, wrote=True, polling=False)
-        return operation(pointers, value, mask, *policy, **keywords)
+        return operation(_untagged(pointers), value, mask, *policy, **keywords)
 
     def _atomic_rmw(self, operation, kind, pointers, value, mask, sem, scope):
         program, addresses, item_bytes = self._hand_over(pointers, mask)
         self._order(program, addresses, item_bytes, sem, scope, wrote=True)
-        old = operation(kind, pointers, value, mask, sem, scope)
+        old = operation(kind, _untagged(pointers), value, mask, sem, scope)
         # Adding zero is how older Tritons read atomically: it must not pass for progress.
         changed = _in_memory(pointers, mask, old).tobytes() != old.data.tobytes()
         self._note(program, addresses, wrote=changed, polling=True)
@@ -264,7 +269,7 @@ class _Grid:
         matches = bool((_in_memory(pointers, everywhere, expected) == expected.data).any())
         self._order(program, addresses, item_bytes, sem, scope, wrote=matches)
         self._note(program, addresses, wrote=matches, polling=True)
-        return operation(pointers, expected, value, sem, scope)
+        return operation(_untagged(pointers), expected, value, sem, scope)
 
     def _atomic_load_or_store(self, operation, *arguments):
         program = self.current
@@ -295,10 +300,30 @@ class _Grid:
             self.memory.release(program.number, addresses, replace)
 
 
+def _untagged(pointers: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    """Return pointers as addresses, without the numbers of their arguments."""
+    return interpreter.TensorHandle(pointers.data & np.uint64((1 << TAG_SHIFT) - 1), pointers.dtype)
+
+
+def _loop_variable(kernel) -> tuple[tuple[str, str], str] | None:
+    """Return the names of a kernel's function and of its first loop's variable, and the function's file."""
+    try:
+        function = getattr(kernel, "fn", kernel)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        filename = inspect.getsourcefile(function)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        # Loops that are unrolled are no steps.
+        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and "static_range" not in ast.unparse(node.iter):
+            return (function.__name__, node.target.id), str(filename)
+    return None
+
+
 def _in_memory(pointers, mask, like) -> np.ndarray:
     """What lies at the pointers now; the value of `like` where the mask is off."""
     filler = np.broadcast_to(like.data, pointers.data.shape)
-    return interpreter._interpreter.load(pointers.data, mask.data, filler, like.data.dtype)
+    return interpreter._interpreter.load(_untagged(pointers).data, mask.data, filler, like.data.dtype)
 
 
 def _place(error: BaseException) -> list[tuple]:
@@ -324,7 +349,20 @@ class _Session:
     report: Report
     rng: random.Random
     check_races: bool
-    exempt: tuple
+    self_validating: tuple
+    one_writer: bool
+    allocations: Allocations | None
+
+    def memory(self, tensors: list[tuple[str, torch.Tensor]], indices: list[tuple], sites: Sites) -> Memory:
+        """Return the memory of a grid that is given these tensors."""
+        empty = {}
+        if self.allocations is not None:
+            for _, tensor in tensors:
+                found = self.allocations.empty_bytes(tensor)
+                if found is not None:
+                    empty[tensor.untyped_storage().data_ptr()] = found
+        options = (self.check_races, self.self_validating, self.one_writer, empty)
+        return Memory(tensors, indices, sites, *options)
 
     def launch(self, call: Callable, executor: interpreter.GridExecutor, *args, **kwargs) -> None:
         """Does what `GridExecutor.__call__` does, with the programs side by side."""
@@ -337,11 +375,24 @@ class _Session:
             grid.tensors = [pair for name, value in named for pair in _tensors(name, value)]
             return args_hst, kwargs_hst
 
+        convert = interpreter._implicit_cvt
+
+        def tagged(argument):
+            result = convert(argument)
+            for number, (_, tensor) in enumerate(grid.tensors, 1):
+                if tensor is argument:
+                    data = result.handle.data | np.uint64(number << TAG_SHIFT)
+                    result = tl.tensor(interpreter.TensorHandle(data, result.handle.dtype), result.type)
+            return result
+
         # The executor lives for this launch only.
         executor.fn, executor._init_args_hst = grid, remember
         patch_lang = functools.partial(grid.patch_lang, interpreter._patch_lang)
         try:
-            with mock.patch.object(interpreter, "_patch_lang", patch_lang):
+            with (
+                mock.patch.object(interpreter, "_patch_lang", patch_lang),
+                mock.patch.object(interpreter, "_implicit_cvt", tagged),
+            ):
                 return call(executor, *args, **kwargs)
         except Exception:
             if grid.failure is None:
@@ -355,7 +406,8 @@ def cooperative(
     *,
     policy: str | None = None,
     check_races: bool = True,
-    exempt: Iterable[str | torch.Tensor] = (),
+    self_validating: Iterable[str | torch.Tensor] = (),
+    one_writer: bool = False,
     poison: bool = False,
     check_overflow: bool = False,
 ) -> Iterator[Report]:
@@ -365,8 +417,11 @@ def cooperative(
         seed: None for round-robin; else the seed of a random schedule, which repeats exactly.
         policy: a key of `POLICIES`; by default the seed picks one of the three random ones.
         check_races: whether to check that accesses of different programs are ordered.
-        exempt: tensors, or names of kernel arguments, whose volatile loads need no order (see `happens_before.Memory`).
-        poison: whether allocations inside come back full of NaN (see `poisoned_allocations`).
+        self_validating: tensors, or names of kernel arguments, whose words say by their bits whether they have
+            arrived: a volatile load may take them unordered (see `happens_before.Memory`).
+        one_writer: whether every word is to have one writer in a grid.
+        poison: whether memory that is allocated inside without a value is filled with NaN (see
+            `poisoned_allocations`), and reading what nobody has written there is an error.
         check_overflow: whether sums and products of 32-bit integers that overflow raise; takes half as long again.
 
     Yields:
@@ -375,20 +430,22 @@ def cooperative(
     Raises:
         Deadlock: all programs that are left wait.
         DataRace: two accesses to the same bytes are not ordered.
-        OutOfBounds: an address lies outside every tensor that the kernel was given.
+        OutOfBounds: an address lies outside the tensor that the pointer was made from.
+        ReadBeforeWrite: with `poison`, a program read what nobody has written.
+        TwoWriters: with `one_writer`, two programs wrote the same word.
         ProgramError: a program raised.
     """
     if not knobs.runtime.interpret:
         raise RuntimeError("cooperative needs the interpreter: set TRITON_INTERPRET=1 before triton is imported")
     if policy is None:
         policy = "round-robin" if seed is None else ("uniform", "bursts", "priorities")[seed % 3]
-    session = _Session(Report(policy), random.Random(seed), check_races, tuple(exempt))
     call = interpreter.GridExecutor.__call__
     if call.__module__ != interpreter.__name__:
         raise RuntimeError("cooperative blocks do not nest")
     with contextlib.ExitStack() as stack:
-        if poison:
-            stack.enter_context(poisoned_allocations())
+        allocations = stack.enter_context(poisoned_allocations()) if poison else None
+        options = (check_races, tuple(self_validating), one_writer, allocations)
+        session = _Session(Report(policy), random.Random(seed), *options)
         stack.enter_context(faster(check_overflow))
 
         def launch(executor, *args, **kwargs):
@@ -396,23 +453,3 @@ def cooperative(
 
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
         yield session.report
-
-
-def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor full of NaN, or of the greatest integer."""
-    with poisoned_allocations():
-        return torch.empty(shape, dtype=dtype)
-
-
-@contextlib.contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Fills what PyTorch allocates without a value (`torch.empty`, `new_empty`, ...) with NaN or the greatest integer.
-
-    A kernel that reads such memory before writing it then shows. PyTorch does the filling, in its deterministic mode.
-    """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
