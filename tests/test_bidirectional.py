@@ -7,8 +7,8 @@ import torch
 
 from novolstm_triton import NovoLSTM, functional, launch, plan
 from novolstm_triton.functional import novolstm
-
 from novolstm_triton.testing import cooperative
+
 from .problems import Problem, assert_as_exact_as_eager
 from .test_triton import ROOMY, SELF_VALIDATING
 

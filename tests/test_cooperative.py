@@ -21,6 +21,8 @@ from novolstm_triton.testing import (
     Deadlock,
     OutOfBounds,
     ProgramError,
+    ReadBeforeWrite,
+    TwoWriters,
     cooperative,
     poisoned,
     poisoned_allocations,
@@ -127,7 +129,7 @@ def test_missing_barrier_is_a_race(seed):
         pytest.param({"ACQUIRE": "relaxed"}, id="relaxed-acquire"),
         pytest.param({"SCOPE": "cta"}, id="scope-cta"),
         pytest.param({"BARRIER": False}, id="release-before-the-threads-have-stored"),
-        pytest.param({"VOLATILE": True, "WAIT": False}, id="volatile-but-not-exempt"),
+        pytest.param({"VOLATILE": True, "WAIT": False}, id="volatile-but-not-self-validating"),
     ],
 )
 @pytest.mark.parametrize("seed", SEEDS)
@@ -149,7 +151,7 @@ def test_race_names_both_accesses_and_the_element():
     first, earlier, later, _ = str(error.value).splitlines()
     assert re.match(r"read-write race on x_ptr\[0, \d, 0\] \(element \d+ of float32 \[2, 4, 8\]\)", first)
     assert re.match(r"  program \(\d, 0, 0\) writes it in step 0 at \S*test_cooperative.py:\d+ in rotate$", earlier)
-    assert re.match(r"  program \(\d, 0, 0\) reads it at \S*test_cooperative.py:\d+ in rotate$", later)
+    assert re.match(r"  program \(\d, 0, 0\) reads it in step 0 at \S*test_cooperative.py:\d+ in rotate$", later)
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def lane_beyond(x_ptr, y_ptr, SHIFT: tl.constexpr, STORE: tl.constexpr):
 @pytest.mark.parametrize("shift", [1, -1, 1 << 20])
 def test_out_of_bounds(shift, store):
     x, y = torch.zeros(8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    message = r"program \(0, 0, 0\).*_ptr\[-?\d+\].*outside every buffer"
+    message = r"program \(0, 0, 0\).*_ptr\[-?\d+\].*outside the tensor"
     with pytest.raises(OutOfBounds, match=message) as error, cooperative(check_races=False):
         lane_beyond[(1,)](x, y, SHIFT=shift, STORE=store)
     assert not store or line_of("the store beyond") in str(error.value)
@@ -270,17 +272,141 @@ def pass_on(x_ptr, y_ptr, LANES: tl.constexpr):
 
 @pytest.mark.parametrize("by_name", [True, False], ids=["by-name", "by-tensor"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_data_that_validates_itself_may_be_exempt(seed, by_name):
+def test_words_that_validate_themselves_need_no_order(seed, by_name):
     x, y = torch.full((8,), -1, dtype=torch.int32), torch.zeros(3, 8, dtype=torch.int32)
     with cooperative(seed, self_validating=["x_ptr" if by_name else x]):
         pass_on[(3,)](x, y, LANES=8)
     assert y[1:].tolist() == [list(range(8))] * 2
 
 
-def test_stores_to_exempt_buffers_are_checked():
+def test_stores_of_self_validating_words_are_checked():
     x = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(DataRace, match="write-write"), cooperative(self_validating=[x]):
         all_store[(2,)](x)
+
+
+@triton.jit
+def hand_over_words(x_ptr, answer_ptr, plain_ptr, y_ptr, steps, ANSWER: tl.constexpr, TRUST: tl.constexpr):
+    """Program 0 stores 1, 2, ... in one word; program 1 takes each and, if ANSWER, says so with a word of its own."""
+    if tl.program_id(0) == 0:
+        tl.store(plain_ptr, 7)
+    for step in range(steps):
+        if tl.program_id(0) == 0:
+            tl.store(x_ptr, step + 1)  # the word
+            if ANSWER:
+                while tl.load(answer_ptr, volatile=True) != step + 1:
+                    pass
+        else:
+            while tl.load(x_ptr, volatile=True) < step + 1:
+                pass
+            if TRUST:
+                tl.store(y_ptr, tl.load(plain_ptr))
+            tl.store(answer_ptr, step + 1)
+
+
+def run_words(seed, **options):
+    buffers = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+    with cooperative(seed, self_validating=["x_ptr", "answer_ptr"]):
+        hand_over_words[(2,)](*buffers, 3, **options)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_word_may_be_replaced_once_its_taking_is_known(seed):
+    run_words(seed, ANSWER=True, TRUST=False)
+
+
+def test_word_replaced_too_early_is_a_race():
+    message = r"its old value had been taken(?s:.)*took it in step 0\n(?s:.)*writes it in step [12]"
+    with pytest.raises(DataRace, match=message):
+        # In turns: the reader takes some value before the writer has ended.
+        run_words(None, ANSWER=False, TRUST=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_word_orders_nothing_but_itself(seed):
+    with pytest.raises(DataRace, match="plain_ptr"):
+        run_words(seed, ANSWER=True, TRUST=True)
+
+
+@triton.jit
+def copy_some(x_ptr, y_ptr, FIRST: tl.constexpr):
+    lane = tl.arange(0, 8)
+    tl.store(x_ptr + lane, lane, mask=lane >= FIRST)
+    tl.store(y_ptr + lane, tl.load(x_ptr + lane))  # the reading line
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.uint8])
+def test_reading_what_nobody_has_written(dtype):
+    with cooperative(poison=True):
+        copy_some[(1,)](torch.empty(8, dtype=dtype), torch.empty(8, dtype=dtype), FIRST=0)
+    with (
+        pytest.raises(ReadBeforeWrite, match=r"x_ptr\[0\].*which nobody has written") as error,
+        cooperative(poison=True),
+    ):
+        copy_some[(1,)](torch.empty(8, dtype=dtype), torch.empty(8, dtype=dtype), FIRST=1)
+    assert line_of("the reading line") in str(error.value)
+
+
+def test_what_pytorch_or_an_earlier_grid_wrote_may_be_read():
+    with cooperative(poison=True):
+        x, y, z = torch.empty(8), torch.empty(8), torch.empty(8)
+        x[:3] = 1
+        copy_some[(1,)](x, y, FIRST=3)
+        copy_some[(1,)](y, z, FIRST=4)
+    assert z.tolist() == [1, 1, 1, 3, 4, 5, 6, 7]
+
+
+@triton.jit
+def write_in_turn(x_ptr, counter_ptr):
+    """All programs write one word, one after the other."""
+    me = tl.program_id(0)
+    wait(counter_ptr, me, "acquire", "gpu")
+    tl.store(x_ptr, me)
+    arrive(counter_ptr, True, "release", "gpu")
+
+
+def test_two_writers_in_turn_are_an_error_if_asked_for():
+    x, counter = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with cooperative():
+        write_in_turn[(3,)](x, counter)
+    assert x.item() == 2
+    message = r"two programs write x_ptr\[0\](?s:.)*\(0, 0, 0\) writes it at(?s:.)*\(1, 0, 0\) writes it at"
+    with pytest.raises(TwoWriters, match=message), cooperative(one_writer=True):
+        write_in_turn[(3,)](x, counter.zero_())
+
+
+@triton.jit
+def copy_rows(x_ptr, y_ptr, STRIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    place = tl.arange(0, 4)[:, None] * STRIDE + tl.arange(0, COLUMNS)[None, :]
+    tl.store(y_ptr + place, tl.load(x_ptr + place))
+
+
+def test_pointers_are_held_to_their_own_tensor():
+    """Though the memory beyond belongs to another one, or to the one that it is a part of."""
+    both = torch.arange(32.0).view(4, 8)
+    left, right = both[:, :4], both[:, 4:]
+    with cooperative():
+        copy_rows[(1,)](left, right, STRIDE=8, COLUMNS=4)
+    assert torch.equal(left, right)
+    with pytest.raises(OutOfBounds, match=r"x_ptr.*outside the tensor"), cooperative():
+        copy_rows[(1,)](left, torch.zeros(4, 8), STRIDE=8, COLUMNS=8)
+    first, second = torch.zeros(2, 32)
+    # The memory goes on in both directions: the one is followed, the other preceded by its neighbour.
+    with pytest.raises(OutOfBounds, match=r"x_ptr\[32\]"), cooperative():
+        copy_rows[(1,)](first, second, STRIDE=10, COLUMNS=4)
+
+
+@triton.jit
+def square(x_ptr):
+    x = tl.load(x_ptr)
+    tl.store(x_ptr, x * x)
+
+
+def test_overflow_of_integers_is_an_error_if_asked_for():
+    with cooperative():
+        square[(1,)](torch.full((1,), 2**16, dtype=torch.int32))
+    with pytest.raises(ProgramError, match="overflow"), cooperative(check_overflow=True):
+        square[(1,)](torch.full((1,), 2**16, dtype=torch.int32))
 
 
 @triton.jit
@@ -460,7 +586,7 @@ def test_poisoned_floats_are_nan(dtype):
 
 def test_poisoned_integers_are_garbage():
     with cooperative(poison=True):
-        assert (torch.empty(3, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+        assert (torch.empty(3, dtype=torch.int32) > 10**9).all()
 
 
 @pytest.mark.skipif(not hasattr(tl, "atomic_poll"), reason="this Triton has no atomic loads")

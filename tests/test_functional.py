@@ -9,8 +9,8 @@ import torch
 
 from novolstm_triton import functional, launch, plan, use_backend
 from novolstm_triton.functional import novolstm, resolve_backend
-
 from novolstm_triton.testing import cooperative
+
 from .problems import INPUTS, Problem, errors
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

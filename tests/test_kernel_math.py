@@ -11,7 +11,6 @@ from novolstm_triton.kernels.math import (
     merge_mean_and_m2,
     tanh,
 )
-
 from novolstm_triton.testing import cooperative
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from novolstm_triton.functional import novolstm
-
 from novolstm_triton.testing import cooperative
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -10,8 +10,8 @@ import triton
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
-
 from novolstm_triton.testing import cooperative
+
 from .problems import INPUTS, Problem, assert_as_exact_as_eager, errors
 
 # A device on which every tiling fits and many programs are resident together.
@@ -129,7 +129,10 @@ def test_one_exchange_in_backward(slices, variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_self_validating_words_of_sixteen_bits(dtype):
     problem = Problem(steps=5, batch=3, hidden=40, lengths=True)
-    with cooperative(1, self_validating=SELF_VALIDATING), plan.forced(device=ROOMY, exchange="words", slices=2, chunk=3):
+    with (
+        cooperative(1, self_validating=SELF_VALIDATING),
+        plan.forced(device=ROOMY, exchange="words", slices=2, chunk=3),
+    ):
         result = problem.run("triton", dtype)
     assert_as_exact_as_eager(problem, result, dtype)
 

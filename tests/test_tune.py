@@ -12,10 +12,9 @@ from novolstm_triton import launch, measure, plan, tune, tuned
 from novolstm_triton.__main__ import main
 from novolstm_triton.isolated import CallError, Isolated
 from novolstm_triton.problems import excess
+from novolstm_triton.testing import cooperative
 from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import Key
-
-from novolstm_triton.testing import cooperative
 
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)
 ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from novolstm_triton import launch, plan, tuned
 from novolstm_triton.plan import Pins
+from novolstm_triton.testing import cooperative
 from novolstm_triton.tuned import Entry, Key, PlanFile, TunedPlans
 
-from novolstm_triton.testing import cooperative
 from .problems import Problem, assert_as_exact_as_eager
 
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton import LSTM, use_backend
-
 from novolstm_triton.testing import cooperative
+
 from .problems import FLOORS, errors
 
 BACKENDS = ("reference", "torch", "triton")

@@ -2,9 +2,9 @@
 
 Two accesses race when they touch the same bytes from different programs, at least one writes, and no chain of release
 and acquire atomics leads from one to the other. Such chains are followed with vector clocks (Mattern 1989; as in
-FastTrack, Flanagan and Freund 2009): `clocks[p, q]` is the latest moment of program q that program p knows of. Each word
-of memory remembers who touched it and at which moment, so a race is found also where the values happen to come out
-right.
+FastTrack, Flanagan and Freund 2009): `clocks[p, q]` is the latest moment of program q that program p knows of. Each
+word of memory remembers who touched it and at which moment, so a race is found also where the values happen to come
+out right.
 
 A word that says by its own bits whether it has arrived orders only itself: who takes it learns nothing about other
 memory, but everything about the words of the same kind that its writer had taken before. A second set of clocks

@@ -23,7 +23,7 @@ def faster(check_overflow: bool) -> contextlib.ExitStack:
     """Returns a context in which interpreted programs are faster.
 
     Args:
-        check_overflow: whether sums and products of 32-bit integers are computed in 64 bits, too, to compare them.
+        check_overflow: whether sums and products of 32-bit integers are made in 64 bits, too, and must be equal.
     """
     core, options = tl.core, interpreter.interpreter_builder.options
     make_tensor, make_block, numpy_dtype = (
@@ -73,6 +73,7 @@ def faster(check_overflow: bool) -> contextlib.ExitStack:
     stack.enter_context(mock.patch.object(core.block_type, "__init__", block_type))
     stack.enter_context(mock.patch.object(semantic, "broadcast_impl_value", broadcast_impl_value))
     stack.enter_context(mock.patch.object(interpreter, "_get_np_dtype", np_dtype))
-    checked = type(options)(sanitize_overflow=check_overflow)
+    # Its assertions count only while it debugs.
+    checked = type(options)(sanitize_overflow=check_overflow, debug=check_overflow)
     stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", checked))
     return stack

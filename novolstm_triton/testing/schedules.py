@@ -41,7 +41,9 @@ class Grid(Protocol):
 
     live: list[Program]
 
-    def waits(self, program: Program) -> bool: ...
+    def waits(self, program: Program) -> bool:
+        """Return whether a program only polls and nothing has changed that could help it."""
+        ...
 
 
 def _round_robin(grid: Grid, rng: random.Random) -> Iterator[Program]:

@@ -1,0 +1,32 @@
+"""The checks see every mistake that was put into a copy of the kernels, and none where there is none."""
+
+import dataclasses
+
+import pytest
+
+from .pages import SEEDED_FAULTS, read_rows
+from .seeded_faults import BOTH, FAULTS, LENGTHS, NAN_WORDS, ONE, ONE_WORDS, PLAIN, TILES, TWO, WORDS, find
+
+CASES = (TWO, ONE, PLAIN, TILES, BOTH, LENGTHS, WORDS, ONE_WORDS, NAN_WORDS)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_fault_is_found_as_the_page_says(fault):
+    rows = {name: (by, report) for name, by, report in read_rows(SEEDED_FAULTS)}
+    assert find(fault) == rows[fault.name]
+
+
+def test_page_has_all_faults_and_no_others():
+    assert [name for name, *_ in read_rows(SEEDED_FAULTS)] == [fault.name for fault in FAULTS]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_kernels_without_faults_raise_no_alarm(case):
+    for seed in range(3):
+        case.run(seed)
+
+
+def test_fault_that_fits_nowhere_is_an_error():
+    fault = dataclasses.replace(FAULTS[0], old="no such text")
+    with pytest.raises(ValueError, match="no such place"):
+        fault.text()
