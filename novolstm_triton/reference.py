@@ -65,7 +65,7 @@ def advance(
     valid: Tensor | None,
     h_mask: Tensor | None,
     kept: Tensor | None,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Any],
     *,
     zoneout_h: float,
     zoneout_c: float,

@@ -30,7 +30,7 @@ class Call(nn.Module):
         return y, h_n, c_n
 
 
-def arguments(layer: nn.Module, steps: int, batch: int, state: bool, lengths: bool) -> list[Tensor]:
+def arguments(layer: LSTM | NovoLSTM, steps: int, batch: int, state: bool, lengths: bool) -> list[Tensor]:
     """Return the inputs of a `Call`; of the rows with lengths the first has none, the last all steps."""
     generator = torch.Generator().manual_seed(steps)
     x = torch.randn(*((batch, steps) if layer.batch_first else (steps, batch)), I, generator=generator)
