@@ -160,7 +160,8 @@ class RecurrentLayer(Recurrent):
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Take one time step: what `forward` does with a sequence of length one.
 
-        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole.
+        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole, but for
+        masks of dropout and zoneout in training, which every call draws anew.
 
         Args:
             input: [B, I], or [I] unbatched.
@@ -557,7 +558,8 @@ def detach_state(state: Any) -> Any:
     """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
 
     Args:
-        state: None, a tensor, or any nesting of tuples and lists of these, like the (h, c) that layers return.
+        state: None, a tensor, or any nesting of tuples, named or not, and lists of these, like the (h, c) that layers
+            return.
 
     Raises:
         TypeError: it holds something else.
@@ -567,7 +569,8 @@ def detach_state(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach()
     if isinstance(state, (tuple, list)):
-        return type(state)(detach_state(s) for s in state)
+        parts = [detach_state(s) for s in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
 
 
