@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, detach_state, plan, use_backend
 
-from .layers import REGULARISED, B, H, I, T, assert_equal, both, layer, sequence, states
+from .layers import REGULARISED, B, H, I, assert_equal, both, layer, sequence, states
 from .twins import assert_close, differentiate, running_on
 
 # Dynamo itself does what these warnings of PyTorch's forbid.
@@ -205,6 +206,7 @@ def test_on_triton(kind):
 
 
 @both
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")
 def test_inductor(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -212,7 +214,10 @@ def test_inductor(kind, tmp_path, monkeypatch):
     compiled = copy.deepcopy(module)
     compiled.compile(fullgraph=True)
     x, lengths = sequence(requires_grad=True), torch.tensor([5, 0, 2])
-    assert_close(differentiate(compiled, x, lengths=lengths), differentiate(module, x, lengths=lengths))
+    # No pool of compiling processes, which would outlive the test.
+    with torch._inductor.config.patch(compile_threads=1):
+        results = differentiate(compiled, x, lengths=lengths)
+    assert_close(results, differentiate(module, x, lengths=lengths))
 
 
 @pytest.mark.parametrize("kind", [NovoLSTMCell, LSTMCell])
