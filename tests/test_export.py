@@ -113,7 +113,7 @@ def test_ranges_of_sizes_are_those_that_were_asked_for(kind):
 @both
 def test_steps_of_a_stream(kind):
     class Step(Positional):
-        def forward(self, x, h, c):
+        def forward(self, x, h, c):  # pyright: ignore[reportIncompatibleMethodOverride]
             return self.rnn.step(x, (h, c))
 
     module = Step(layer(kind, num_layers=2))
@@ -140,4 +140,4 @@ def test_trace(kind):
     traced = torch.jit.trace(module, (sequence(),))
     for steps, rows in ((T, B), (1, 2), (40, 7)):
         x = sequence(steps, rows)
-        torch.testing.assert_close(traced(x), module(x))
+        torch.testing.assert_close(traced(x), module(x))  # pyright: ignore[reportCallIssue]
