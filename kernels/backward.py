@@ -243,6 +243,7 @@ def multiply_exchanged(
     unit,
     is_unit,
     dh_prev,
+    counter,
     GATE: tl.constexpr,
     PLACE: tl.constexpr,
     PLACES: tl.constexpr,
@@ -252,6 +253,7 @@ def multiply_exchanged(
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
 ):
     """Add dz U of one gate to dh_prev; nothing for a gate without U.
 
@@ -263,7 +265,7 @@ def multiply_exchanged(
         gate_ptr = dz_ptr + PLACE * HIDDEN
         if RESIDENT:
             if EXCHANGE == "words":
-                dz_blocks = await_blocks(gate_ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+                dz_blocks = await_blocks(gate_ptr, row, in_batch, counter, STRIDE, HIDDEN, BLOCK_K, MAX_SPINS)
             for k in tl.static_range(BLOCKS):
                 if EXCHANGE == "words":
                     dz = dz_blocks[k]
@@ -350,6 +352,7 @@ def backward_kernel(
     HAS_MASK: tl.constexpr,
     ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
 ):
     """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
@@ -376,7 +379,7 @@ def backward_kernel(
         row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
         late_ring_ptr: [D, late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched
             unless COMPANIONS.
-        counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
+        counter_ptr: [batch tiles of this launch] int32, zero, and if MAX_SPINS what follows each; see exchange.py.
         dz_ptr: [D, steps, B, GATES·H] output, in the order of t.
         dh_ptr: [D, B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
         dc_ptr: [D, B, H] fp32, likewise of c.
@@ -396,7 +399,7 @@ def backward_kernel(
         zoneout_c: likewise, of c.
     """
     slice = tl.program_id(0)
-    counter = counter_ptr + tl.program_id(1)
+    counter = counter_ptr + tl.program_id(1) * (1 + (4 + SLICES) * SLICES if MAX_SPINS > 0 else 1)
     tile = tile_first + tl.program_id(1)
     LATE_GATES: tl.constexpr = len(LATE)
     size = tl.cast(batch, tl.int64) * HIDDEN
@@ -502,20 +505,21 @@ def backward_kernel(
         HAS_SUMS: tl.constexpr = len(own) > 0
         if SLICES > 1 and HAS_SUMS:
             publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
-            arrive(counter, EXCHANGE)
+            arrive(counter, EXCHANGE, MAX_SPINS)
             arrivals += SLICES
         if not COMPANIONS:
             if SLICES > 1 and HAS_SUMS:
-                wait(counter, arrivals, EXCHANGE)
+                wait(counter, arrivals, EXCHANGE, MAX_SPINS)
             parts = collect_rows(
-                row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
+                *(row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, counter),
+                *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
             )
             late = cell_grad_finish(pending, stats, add_slices(parts), HIDDEN, eps, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 late = zero_unless(valid, late)
             publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
             if not LOCAL:
-                arrive(counter, EXCHANGE)
+                arrive(counter, EXCHANGE, MAX_SPINS)
                 arrivals += SLICES
         # What the next step reads comes while the others arrive; the last step has no next one and reads its own again.
         step_stats = stats
@@ -537,19 +541,20 @@ def backward_kernel(
             for k in tl.static_range(len(own)):
                 companion = tl.load(companion_ptr + k * companion_size + companion_place, mask=mask, other=0.0)
                 companions = companions + (companion,)
-            wait(counter, arrivals, EXCHANGE)
+            wait(counter, arrivals, EXCHANGE, MAX_SPINS)
             for k in tl.static_range(len(EARLY)):
                 dh_prev = multiply_exchanged(
-                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                    *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
                 )
             for k in tl.static_range(len(LATE)):
                 dh_prev = multiply_exchanged(
-                    *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                    *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                    *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                    *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
                 )
             parts = collect_rows(
-                row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, SLICES, BLOCK_S, EXCHANGE
+                *(row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, counter),
+                *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
             )
             sums = add_slices(parts)
             late = cell_grad_finish(pending, step_stats, sums, HIDDEN, eps, grad_finish, GATE_NORMS)
@@ -571,18 +576,40 @@ def backward_kernel(
                     dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
             else:
                 if not HAS_SUMS:
-                    wait(counter, arrivals, EXCHANGE)
+                    wait(counter, arrivals, EXCHANGE, MAX_SPINS)
                 for k in tl.static_range(len(EARLY)):
                     dh_prev = multiply_exchanged(
-                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                        *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                        *(
+                            EARLY[k],
+                            EARLY[k],
+                            GATES,
+                            RECURRENT,
+                            HIDDEN,
+                            BLOCK_K,
+                            RESIDENT,
+                            EXCHANGE,
+                            PRECISION,
+                            MAX_SPINS,
+                        ),
                     )
                 if HAS_SUMS:
-                    wait(counter, arrivals, EXCHANGE)
+                    wait(counter, arrivals, EXCHANGE, MAX_SPINS)
                 for k in tl.static_range(len(LATE)):
                     dh_prev = multiply_exchanged(
-                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev),
-                        *(LATE[k], LATE[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION),
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                        *(
+                            LATE[k],
+                            LATE[k],
+                            GATES,
+                            RECURRENT,
+                            HIDDEN,
+                            BLOCK_K,
+                            RESIDENT,
+                            EXCHANGE,
+                            PRECISION,
+                            MAX_SPINS,
+                        ),
                     )
             dh_prev = leave_tensor_core(dh_prev)
         if HAS_MASK:

@@ -12,6 +12,11 @@ launcher fills with all-ones words, a NaN that `publish` never stores; `await_bl
 value travels as 64 bits, the step's tag above the fp32 bits, in a ring of two slots.
 
 Programs that wait for each other must be resident together: launch cooperatively.
+
+With MAX_SPINS above zero, for finding mistakes, no wait lasts longer than so many looks. After a tile's counter then
+lies a record for each of its slices: how often it has arrived; and, once it has given up, 1, how many arrivals it had
+waited for, how many it saw (both −1 for words), and how often each slice had arrived by then. Results are worthless
+once a program has given up, and its later waits are not repeated at all.
 """
 
 import triton
@@ -19,8 +24,36 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(counter_ptr, EXCHANGE: tl.constexpr):
+def own_record(counter_ptr):
+    """Return where this program's record lies."""
+    return counter_ptr + 1 + (4 + tl.num_programs(0)) * tl.program_id(0)
+
+
+@triton.jit
+def spins_left(counter_ptr, MAX_SPINS: tl.constexpr):
+    """Return how often this program may look again: not at all once it has given up."""
+    return tl.where(tl.load(own_record(counter_ptr) + 1) == 0, MAX_SPINS, 0)
+
+
+@triton.jit
+def give_up(counter_ptr, awaited, seen):
+    """Note that this program has given up waiting for so many arrivals, of which it saw some."""
+    own = own_record(counter_ptr)
+    if tl.load(own + 1) == 0:
+        tl.store(own + 1, 1)
+        tl.store(own + 2, awaited)
+        tl.store(own + 3, seen)
+        for slice in range(tl.num_programs(0)):
+            count = tl.load(counter_ptr + 1 + (4 + tl.num_programs(0)) * slice, volatile=True)
+            tl.store(own + 4 + slice, count)
+
+
+@triton.jit
+def arrive(counter_ptr, EXCHANGE: tl.constexpr, MAX_SPINS: tl.constexpr = 0):
     """Publish all stores this program has made. With one slice, order them among its own threads."""
+    if MAX_SPINS > 0 and EXCHANGE != "none":
+        own = own_record(counter_ptr)
+        tl.store(own, tl.load(own) + 1)
     if EXCHANGE != "words":
         # Every thread's stores come before the one thread's release.
         tl.debug_barrier()
@@ -29,11 +62,20 @@ def arrive(counter_ptr, EXCHANGE: tl.constexpr):
 
 
 @triton.jit
-def wait(counter_ptr, arrivals, EXCHANGE: tl.constexpr):
+def wait(counter_ptr, arrivals, EXCHANGE: tl.constexpr, MAX_SPINS: tl.constexpr = 0):
     """Wait until `arrivals` calls of `arrive` have been counted, and see all that they published."""
     if EXCHANGE == "barrier":
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
-            pass
+        if MAX_SPINS == 0:
+            while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
+                pass
+        else:
+            spins = spins_left(counter_ptr, MAX_SPINS)
+            seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            while (seen < arrivals) & (spins > 0):
+                seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+                spins -= 1
+            if seen < arrivals:
+                give_up(counter_ptr, arrivals, seen)
 
 
 @triton.jit
@@ -81,11 +123,28 @@ def load_words(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, B
 
 
 @triton.jit
-def await_blocks(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def await_blocks(
+    ptr,
+    row,
+    in_batch,
+    counter_ptr,
+    STRIDE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MAX_SPINS: tl.constexpr = 0,
+):
     """Load rows [R, H] that other slices publish as "words": a tuple of K tiles, once all of them have arrived."""
     words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
-    while missing != 0:
-        words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+    if MAX_SPINS == 0:
+        while missing != 0:
+            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+    else:
+        spins = spins_left(counter_ptr, MAX_SPINS)
+        while (missing != 0) & (spins > 0):
+            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+            spins -= 1
+        if missing != 0:
+            give_up(counter_ptr, -1, -1)
     blocks = ()
     for k in tl.static_range(len(words)):
         blocks = blocks + (words[k].to(ptr.dtype.element_ty, bitcast=True),)
@@ -160,9 +219,11 @@ def collect_rows(
     row_mask,
     step,
     batch,
+    counter_ptr,
     SLICES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     EXCHANGE: tl.constexpr,
+    MAX_SPINS: tl.constexpr = 0,
 ):
     """Load what all slices have published in `step`: tiles [R, BLOCK_S]. A single slice takes its own `values`."""
     COUNT: tl.constexpr = len(values)
@@ -173,8 +234,16 @@ def collect_rows(
     if EXCHANGE == "words":
         tag = tl.cast(step + 1, tl.int64)
         words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
-        while missing != 0:
-            words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
+        if MAX_SPINS == 0:
+            while missing != 0:
+                words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
+        else:
+            spins = spins_left(counter_ptr, MAX_SPINS)
+            while (missing != 0) & (spins > 0):
+                words, missing = load_tagged(rows_ptr, place, mask, tag, COUNT, SLICES)
+                spins -= 1
+            if missing != 0:
+                give_up(counter_ptr, -1, -1)
         for k in tl.static_range(COUNT):
             value = (words[k] & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
             parts = parts + (value,)

@@ -85,6 +85,7 @@ def forward_kernel(
     HAS_MASK: tl.constexpr,
     ZONEOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_SPINS: tl.constexpr,
 ):
     """Walk `steps` time steps; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
@@ -108,7 +109,7 @@ def forward_kernel(
         h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch, with the mask, lies in slot
             (h_first + n) % h_slots.
         row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S row statistics; see exchange.py.
-        counter_ptr: [batch tiles of this launch] int32, zero; see exchange.py.
+        counter_ptr: [batch tiles of this launch] int32, zero, and if MAX_SPINS what follows each; see exchange.py.
         y_ptr: [T, B, D·H] output, zero beyond a row's length.
         c_out_ptr: [D, B, H] fp32, c after the last step.
         batch: B.
@@ -126,7 +127,7 @@ def forward_kernel(
         zoneout_c: likewise, of c.
     """
     slice = tl.program_id(0)
-    counter = counter_ptr + tl.program_id(1)
+    counter = counter_ptr + tl.program_id(1) * (1 + (4 + SLICES) * SLICES if MAX_SPINS > 0 else 1)
     tile = tile_first + tl.program_id(1)
     # Offsets of a whole step are 64 bits wide and scalar; within a batch tile 32 bits do.
     size = tl.cast(batch, tl.int64) * HIDDEN
@@ -187,7 +188,7 @@ def forward_kernel(
                 products = add_products(products, h, weights, PRECISION)
         elif RESIDENT:
             if EXCHANGE == "words":
-                h_blocks = await_blocks(h_tile_ptr, row, in_batch, HIDDEN, HIDDEN, BLOCK_K)
+                h_blocks = await_blocks(h_tile_ptr, row, in_batch, counter, HIDDEN, HIDDEN, BLOCK_K, MAX_SPINS)
             for k in tl.static_range(BLOCKS):
                 if EXCHANGE == "words":
                     h_block = h_blocks[k]
@@ -206,12 +207,12 @@ def forward_kernel(
         if SLICES > 1 and len(own) > 0:
             row_step = step_base + step
             publish_rows(row_ring_ptr, own, ring_row, in_batch, slice, row_step, DIRECTIONS * batch, SLICES, EXCHANGE)
-            arrive(counter, EXCHANGE)
+            arrive(counter, EXCHANGE, MAX_SPINS)
             arrivals += SLICES
-            wait(counter, arrivals, EXCHANGE)
+            wait(counter, arrivals, EXCHANGE, MAX_SPINS)
         parts = collect_rows(
-            *(row_ring_ptr, own, ring_row, in_batch, step_base + step, DIRECTIONS * batch),
-            *(SLICES, BLOCK_S, EXCHANGE),
+            *(row_ring_ptr, own, ring_row, in_batch, step_base + step, DIRECTIONS * batch, counter),
+            *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
         )
         stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
         h_new, c_new = cell_update(z, stats, c, gamma, beta, update, GATE_NORMS)
@@ -234,7 +235,7 @@ def forward_kernel(
                 publish(h_next_ptr + place, h * h_mask, mask, EXCHANGE)
             else:
                 publish(h_next_ptr + place, h, mask, EXCHANGE)
-            arrive(counter, EXCHANGE)
+            arrive(counter, EXCHANGE, MAX_SPINS)
             arrivals += SLICES
         # What nobody waits for comes after the arrival: the output, and the next step's input.
         y_tile_ptr = y_ptr + (tl.cast(t, tl.int64) * size + tile_place) * DIRECTIONS
@@ -245,7 +246,7 @@ def forward_kernel(
         x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
         kept = load_kept(kept_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
         if not LOCAL:
-            wait(counter, arrivals, EXCHANGE)
+            wait(counter, arrivals, EXCHANGE, MAX_SPINS)
 
     tl.store(c_out_ptr + state_place + place, c, mask=mask)
     tl.store(h_ptr + state_place + place, h, mask=mask)

@@ -80,7 +80,7 @@ def forward(
     h = h_0.clone(memory_format=torch.contiguous_format)
     h_ring = _HRing(h_0 if h_mask is None else h_0 * h_mask.view_as(h_0), kernel_plan, min(steps, chunk))
     row_ring = _row_ring(kernel_plan, directions * batch, kernels.partial_rows, x.device)
-    counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+    counters = _Counters(kernel_plan, len(walks[0]), x.device)
 
     def multiply_inputs(number: int, buffer: Tensor) -> None:
         for d, walk in enumerate(walks):
@@ -113,7 +113,7 @@ def forward(
                 c[number],
                 h_ring.buffer,
                 row_ring,
-                counters[number, tile:],
+                counters.from_tile(number, tile),
                 y,
                 c[number + 1],
                 batch,
@@ -131,6 +131,7 @@ def forward(
                 zoneout_c,
                 **constants,
             )
+        counters.check(number, "forward")
         h_ring.end_chunk(count)
     c_n = c[-1].to(x.dtype, copy=True)
     return y, h.view(state_shape), c_n.view(state_shape), c.view(-1, *state_shape)
@@ -191,7 +192,7 @@ def backward(
     stats_all = torch.empty(kernels.stats * most_rows, **fp32)
     companions = _Companions(kernels, kernel_plan, x, min(steps, chunk), weight_hh)
     row_ring = _row_ring(kernel_plan, directions * batch, kernels.grad_rows, x.device)
-    counters = torch.zeros(len(walks[0]), kernel_plan.tiles, dtype=torch.int32, device=x.device)
+    counters = _Counters(kernel_plan, len(walks[0]), x.device)
 
     dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
     norms = len(CELLS[cell].normalised)
@@ -248,7 +249,7 @@ def backward(
                 companions.products,
                 row_ring,
                 companions.late_ring,
-                counters[number, tile:],
+                counters.from_tile(number, tile),
                 dz,
                 dh,
                 dc,
@@ -268,6 +269,7 @@ def backward(
                 zoneout_c,
                 **constants,
             )
+        counters.check(number, "backward")
         for d, (span, (x_chunk, h_prev)) in enumerate(zip(spans, operands, strict=True)):
             if dx is not None:
                 dx_chunk = dx[span.low : span.high].view(rows, features)
@@ -347,6 +349,35 @@ class _Companions:
         pairs = itertools.product(self._gates, weight_hh)
         for (gate, weight), operand, product in zip(pairs, *parts, strict=True):
             torch.mm(operand, weight[gate * hidden : (gate + 1) * hidden], out=product)
+
+
+class _Counters:
+    """Each chunk's and batch tile's counter of arrivals; with bounded waits its slices' records follow it."""
+
+    def __init__(self, kernel_plan: KernelPlan, chunks: int, device: torch.device) -> None:
+        self._slices, self._max_spins = kernel_plan.slices, planning.pinned().max_spins
+        numbers = 1 + self._slices * (4 + self._slices) if self._max_spins else 1
+        self._all = torch.zeros(chunks, kernel_plan.tiles, numbers, dtype=torch.int32, device=device)
+
+    def from_tile(self, chunk: int, tile: int) -> Tensor:
+        """Return those of a chunk's batch tiles from one on."""
+        return self._all[chunk, tile:]
+
+    def check(self, chunk: int, kernel: str) -> None:
+        """Raise RuntimeError if waits are bounded and a program of this chunk has given up."""
+        if not self._max_spins:
+            return
+        lines = []
+        for tile, records in enumerate(self._all[chunk, :, 1:].unflatten(1, (self._slices, -1)).tolist()):
+            for slice, (_, gave_up, awaited, seen, *counts) in enumerate(records):
+                if gave_up:
+                    what = "words" if awaited < 0 else f"{awaited} arrivals and saw {seen}"
+                    late = [other for other, count in enumerate(counts) if count < counts[slice]]
+                    whom = f", so for slice {', '.join(map(str, late))}" if late else ""
+                    lines.append(f"  batch tile {tile}, slice {slice}: for {what}; arrivals by slice {counts}{whom}")
+        if lines:
+            first = f"max_spins={self._max_spins}: programs of {kernel}, chunk {chunk}, waited in vain"
+            raise RuntimeError("\n".join([first, *lines]))
 
 
 def _row_ring(kernel_plan: KernelPlan, batch: int, rows: int, device: torch.device) -> Tensor:
@@ -436,6 +467,7 @@ def kernel_constants(
         HAS_MASK=options.h_mask,
         ZONEOUT=options.zoneout,
         PRECISION=precision,
+        MAX_SPINS=planning.pinned().max_spins or 0,
     )
     return {name: value for name, value in everything.items() if name in kernel.arg_names}
 

@@ -111,6 +111,7 @@ class Pins:
     num_warps: int | None = None
     overlap: bool | None = None
     chunk: int | None = None
+    max_spins: int | None = None
     device: Device | None = None
 
 
@@ -130,6 +131,7 @@ def forced(
     num_warps: int | None = None,
     overlap: bool | None = None,
     chunk: int | None = None,
+    max_spins: int | None = None,
     device: Device | None = None,
 ) -> Iterator[None]:
     """Pin choices of the plan inside the `with` block; what is left out stays as it was.
@@ -148,12 +150,15 @@ def forced(
         overlap: make the input products of the next chunk on a stream of their own, under forward's recurrence of this
             one (on a GPU).
         chunk: time steps per chunk; of the torch backend, too.
+        max_spins: for finding mistakes: how often a program looks in vain for what others publish before the call
+            raises RuntimeError, which names who waited for whom, instead of waiting forever. Slow: every chunk is
+            waited for. A look takes about a microsecond.
         device: plan as if for this device, whatever the tensors are on.
 
     Raises:
         ValueError: a value that no plan can have. One that this layer or device cannot have raises in the call.
     """
-    for name, value in (("slices", slices), ("chunk", chunk)):
+    for name, value in (("slices", slices), ("chunk", chunk), ("max_spins", max_spins)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     for name, value in (("block_b", block_b), ("block_k", block_k)):
@@ -178,6 +183,7 @@ def forced(
         num_warps=num_warps,
         overlap=overlap,
         chunk=chunk,
+        max_spins=max_spins,
         device=device,
     )
     with in_force(dataclasses.replace(_pins.get(), **{k: v for k, v in given.items() if v is not None})):

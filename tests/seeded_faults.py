@@ -128,30 +128,30 @@ class Fault:
         return self.old.join(first) + self.new + self.old.join(rest)
 
 
-_ROWS = "            arrive(counter, EXCHANGE)\n            arrivals += SLICES\n"
-_LAST = "            arrive(counter, EXCHANGE)\n            arrivals += SLICES\n        # What nobody"
-_H = "            wait(counter, arrivals, EXCHANGE)\n\n    tl.store(c_out"
+_ROWS = "            arrive(counter, EXCHANGE, MAX_SPINS)\n            arrivals += SLICES\n"
+_LAST = "            arrive(counter, EXCHANGE, MAX_SPINS)\n            arrivals += SLICES\n        # What nobody"
+_H = "            wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n\n    tl.store(c_out"
 
 FAULTS = [
     Fault("no arrival after the row statistics", "forward", _ROWS, "            arrivals += SLICES\n", TWO),
     Fault(
         "row statistics read before they are published",
         "forward",
-        "            wait(counter, arrivals, EXCHANGE)\n        parts",
+        "            wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n        parts",
         "        parts",
         TWO,
     ),
     Fault("no arrival after h", "forward", _LAST, "            arrivals += SLICES\n        # What nobody", TWO),
     Fault("no wait for h", "forward", _H, "            pass\n\n    tl.store(c_out", TWO),
     Fault("no wait for h, plain LSTM", "forward", _H, "            pass\n\n    tl.store(c_out", PLAIN),
-    Fault("an arrival is not counted", "forward", _ROWS, "            arrive(counter, EXCHANGE)\n", TWO),
-    Fault("one arrival too many is awaited", "exchange", "< arrivals:", "< arrivals + 1:", TWO),
-    Fault("one arrival too few is awaited", "exchange", "< arrivals:", "< arrivals - 1:", TWO),
+    Fault("an arrival is not counted", "forward", _ROWS, "            arrive(counter, EXCHANGE, MAX_SPINS)\n", TWO),
+    Fault("one arrival too many is awaited", "exchange", "< arrivals:\n", "< arrivals + 1:\n", TWO),
+    Fault("one arrival too few is awaited", "exchange", "< arrivals:\n", "< arrivals - 1:\n", TWO),
     Fault("release weakened to relaxed", "exchange", 'sem="release"', 'sem="relaxed"', TWO),
     Fault("acquire weakened to relaxed", "exchange", 'sem="acquire"', 'sem="relaxed"', TWO),
     Fault("release within the thread block only", "exchange", '"release", scope="gpu"', '"release", scope="cta"', TWO),
     Fault("no block barrier before the release", "exchange", "        tl.debug_barrier()\n", "        pass\n", TWO),
-    Fault("a counter for all batch tiles", "forward", "counter_ptr + tl.program_id(1)", "counter_ptr", TILES),
+    Fault("a counter for all batch tiles", "forward", "counter_ptr + tl.program_id(1) *", "counter_ptr + 0 *", TILES),
     Fault(
         "h published after the arrival",
         "forward",
@@ -207,28 +207,28 @@ FAULTS = [
     Fault(
         "no wait for dz of the early gates",
         "backward",
-        "            if SLICES > 1 and HAS_SUMS:\n                wait(counter, arrivals, EXCHANGE)\n",
+        "            if SLICES > 1 and HAS_SUMS:\n                wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n",
         "",
         TWO,
     ),
     Fault(
         "no wait for dz of the late gates",
         "backward",
-        "                if HAS_SUMS:\n                    wait(counter, arrivals, EXCHANGE)\n",
+        "                if HAS_SUMS:\n                    wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n",
         "",
         TWO,
     ),
     Fault(
         "no wait for dz, plain LSTM",
         "backward",
-        "                if not HAS_SUMS:\n                    wait(counter, arrivals, EXCHANGE)\n",
+        "                if not HAS_SUMS:\n                    wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n",
         "",
         PLAIN,
     ),
     Fault(
         "no wait with one exchange",
         "backward",
-        "            wait(counter, arrivals, EXCHANGE)\n            for k in tl.static_range(len(EARLY))",
+        "            wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n            for k in tl.static_range(len(EARLY))",
         "            for k in tl.static_range(len(EARLY))",
         ONE,
     ),
