@@ -10,7 +10,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def novolstm(
     """Run one NovoLSTM layer over a whole sequence, in one direction or in both.
 
     Equations: `novolstm_triton.reference.step`. All floating tensors share one dtype and one device. Under autocast
-    they are cast to its dtype first. Saved for backward are x, y and c at every chunk border.
+    they are cast to its dtype first, but for fp64. Saved for backward are x, y and c at every chunk border.
 
     With a leading dimension of two on the weights, the states and `h_mask`, the layer runs in both directions over x:
     [0] from the first step to the last, [1] from the last to the first. Backend "triton" walks both at once.
@@ -226,11 +226,10 @@ def _layer(
     """Check the eight tensors of a layer and all else, choose the backend, and run one direction or both."""
     has_h_0, arguments = given[1] is not None, _filled(given, weight_hr)
     device = arguments[0].device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        arguments = tuple(a.to(dtype) if a.is_floating_point() else a for a in arguments)
-        weight_hr = weight_hr if weight_hr is None else weight_hr.to(dtype)
-        extras = extras._replace(h_mask=None if extras.h_mask is None else extras.h_mask.to(dtype))
+    if autocast_is_on(device):
+        arguments = tuple(_autocast(a) for a in arguments)
+        weight_hr = weight_hr if weight_hr is None else _autocast(weight_hr)
+        extras = extras._replace(h_mask=None if extras.h_mask is None else _autocast(extras.h_mask))
     directions = 2 if arguments[3].dim() == 3 else 1
     _check_tensors(arguments, weight_hr, options.cell, directions)
     extras = _check_extras(extras, weight_hr, arguments, options)
@@ -238,10 +237,10 @@ def _layer(
         raise ValueError("reverse: both directions are given, so it must be False")
     backend = resolve_backend(backend, device)
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         if backend == "triton":
             check_triton(arguments[0].dtype, device)
-        if directions == 1 or (backend == "triton" and weight_hr is None):
+        if directions == 1 or (backend == "triton" and weight_hr is None and arguments[0].shape[1] > 0):
             return _run(arguments, weight_hr, has_h_0, extras, options, backend)
         results = []
         for d, own in enumerate(zip(*(a.unbind(0) for a in arguments[1:]), strict=True)):
@@ -253,6 +252,17 @@ def _layer(
         (y, *states), (y_reverse, *states_reverse) = results
         h_n, c_n = (torch.stack(pair) for pair in zip(states, states_reverse, strict=True))
         return torch.cat((y, y_reverse), -1), h_n, c_n
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Return whether autocast is enabled for tensors on a device; for some, like "meta", there is none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _autocast(a: Tensor) -> Tensor:
+    """Cast as autocast does: floating tensors, but for float64."""
+    eligible = a.is_floating_point() and a.dtype != torch.float64
+    return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
 def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
@@ -295,15 +305,13 @@ def _run(
     """Run one direction, or both if the backend takes both at once, with everything checked."""
     x, h_0 = arguments[:2]
     # No row, nothing to launch: the loop has the shapes right.
-    if backend == "reference" or (x.shape[1] == 0 and arguments[3].dim() == 2):
+    if backend == "reference" or x.shape[1] == 0:
         everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
         return reference.layer(*everything, **options._asdict())
-    if x.shape[1] == 0:
-        y = x.new_zeros(x.shape[0], 0, 2 * h_0.shape[-1])
-        return y, h_0.clone(), arguments[2].clone()
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
-    *rows, hidden = h_0.shape
+    # In torch.jit.trace sizes are tensors; there the chunk is that of the tracing.
+    *rows, hidden = map(int, h_0.shape) if torch.jit.is_tracing() else h_0.shape
     gates = len(CELLS[options.cell].gates)
     chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
     y, h_n, c_n, _ = _call_forward(*arguments, *extras, *options, backend, chunk)
@@ -470,6 +478,15 @@ def _save_for_second_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...
 def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
     """Differentiate the backward operator: by autograd, through the reference."""
     *floating, lengths, h_mask, kept = ctx.saved_tensors
+    if _in_transform():
+        # In here autograd's own functions are forbidden; elsewhere these transforms forbid hooks on saved tensors.
+        def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return _layer(inputs, None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
+
+        first, pull = torch.func.vjp(lambda *given: torch.func.vjp(layer, *given[3:])[1](given[:3]), *floating)
+        pairs = zip(first, grads, ctx.needs, strict=True)
+        second = pull(tuple(torch.zeros_like(g) if d is None or not needed else d for g, d, needed in pairs))
+        return *second, *[None] * (ctx.inputs - len(floating))
     with torch.enable_grad():
         # Aliases, so that a gradient is of this operand alone, even where one is made from another.
         given = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in floating]
@@ -496,11 +513,27 @@ def _map_over_batch(op: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor,
     # A list has a list of dimensions, none of which is mapped over.
     places = [d if isinstance(d, int) else None for d in in_dims]
     batch = next(a.shape[d] for a, d in zip(args, places, strict=True) if d is not None)
+    if batch == 0:
+        # One member of zeros shows the shapes of none.
+        one = [
+            a if d is None else a.new_zeros(*a.shape[:d], 1, *a.shape[d + 1 :])
+            for a, d in zip(args, places, strict=True)
+        ]
+        results, dims = _map_over_batch(op, in_dims, tuple(one))
+        return tuple(r[:0] for r in results), dims
     results = []
     for k in range(batch):
         results.append(op(*(a if d is None else a.select(d, k) for a, d in zip(args, places, strict=True))))
     stacked = tuple(torch.stack(member) for member in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+def _no_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
+    """Say what to do instead of forward mode, and of torch.func.hessian, which uses it."""
+    raise NotImplementedError(
+        "forward-mode differentiation (jvp, jacfwd, linearize, hessian) needs backend='reference'; "
+        "reverse mode (vjp, jacrev, and jacrev of jacrev for a Hessian) works with every backend"
+    )
 
 
 class RecurrentFunction(torch.autograd.Function):
@@ -515,6 +548,7 @@ class RecurrentFunction(torch.autograd.Function):
 
     setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_backward)
+    jvp = staticmethod(_no_forward_mode)
 
 
 class RecurrentBackward(torch.autograd.Function):
@@ -529,15 +563,29 @@ class RecurrentBackward(torch.autograd.Function):
 
     setup_context = staticmethod(_save_for_second_backward)
     backward = staticmethod(_second_backward)
+    jvp = staticmethod(_no_forward_mode)
 
 
 def _call_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Run the forward operator differentiably: as it is for tracers, to which it is one node, or as a function."""
-    return forward_op(*arguments) if torch.compiler.is_compiling() else RecurrentFunction.apply(*arguments)
+    if torch.compiler.is_compiling() and _in_transform():
+        # PyTorch's operators have no derivatives in there. Raised while tracing, this makes the graph break.
+        raise NotImplementedError("torch.compile: within transforms of torch.func, like grad, use backend='reference'")
+    return forward_op(*arguments) if _is_traced() else RecurrentFunction.apply(*arguments)
 
 
 def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return backward_op(*arguments) if torch.compiler.is_compiling() else RecurrentBackward.apply(*arguments)
+    return backward_op(*arguments) if _is_traced() else RecurrentBackward.apply(*arguments)
+
+
+def _is_traced() -> bool:
+    """Return whether torch.compile, torch.export or torch.jit.trace records this call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _in_transform() -> bool:
+    """Return whether a transform of torch.func, like grad or vmap, runs this call."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @forward_op.register_vmap
@@ -637,11 +685,16 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: expected shape [{x.shape[1]}], got {list(lengths.shape)}")
     # On a GPU the values stay unread (that would stall the stream): the backends clamp them by comparing with t.
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    if lengths.device.type == "cpu" and lengths.numel() and _is_readable(lengths):
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > x.shape[0]:
             raise ValueError(f"lengths: expected values from 0 to {x.shape[0]}, got {low} to {high}")
     return lengths.to(device=x.device, dtype=torch.int32)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Return whether a tensor on the CPU has values: those of tracers and of vmap have none, or several at once."""
+    return type(tensor) is Tensor and not _is_traced() and not _in_transform()
 
 
 def check_triton(dtype: torch.dtype, device: torch.device) -> None:

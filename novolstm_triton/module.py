@@ -1,24 +1,40 @@
 """The layers as modules with nn.LSTM's constructor, call and parameters: `NovoLSTM` and `LSTM`. No math."""
 
-import math
 import numbers
+import os
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.functional import BACKENDS, lstm, novolstm, resolve_backend
+from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.functional import resolve_backend
+from novolstm_triton.recurrent import (
+    PARAMETERS,
+    LSTMFunction,
+    NovoLSTMFunction,
+    Recurrent,
+    State,
+    check_bool,
+    check_device,
+    check_pair,
+    check_positive,
+    check_state_ranks,
+    layer_weights,
+    parameter_shapes,
+    same_dtype,
+    scalar_type,
+)
 from novolstm_triton.regularisers import dropout_mask, zoneout_mask
 
-State = tuple[Tensor, Tensor]
-"""(h, c)."""
+if TYPE_CHECKING:
+    import numpy as np
 
 
-class RecurrentLayer(nn.Module):
+class RecurrentLayer(Recurrent):
     """What `NovoLSTM` and `LSTM` have in common: nn.LSTM's surface around a cell. Not to be used itself."""
 
     def __init__(
@@ -39,11 +55,9 @@ class RecurrentLayer(nn.Module):
         zoneout_c: float,
         backend: str,
     ) -> None:
-        super().__init__()
-        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
+        if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
+            num_layers = int(num_layers)
         if not _is_share(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -54,6 +68,9 @@ class RecurrentLayer(nn.Module):
                 f"num_layers greater than 1, but got dropout={dropout} and num_layers={num_layers}",
                 stacklevel=3,
             )
+        check_bool(batch_first=batch_first, bidirectional=bidirectional)
+        super().__init__(input_size, hidden_size, bias, backend)
+        check_positive(num_layers=num_layers)
         if proj_size < 0:
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
@@ -65,11 +82,7 @@ class RecurrentLayer(nn.Module):
                 raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
         if proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
             raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
-        check_backend(backend)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
         self.num_layers = num_layers
-        self.bias = bias
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
@@ -77,7 +90,6 @@ class RecurrentLayer(nn.Module):
         self.recurrent_dropout = float(recurrent_dropout)
         self.zoneout_h = float(zoneout_h)
         self.zoneout_c = float(zoneout_c)
-        self.backend = backend
 
         output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
         for layer in range(num_layers):
@@ -89,10 +101,6 @@ class RecurrentLayer(nn.Module):
                     self.register_parameter(name + suffix, parameter)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
-        reset_parameters(self, self.hidden_size)
-
     def flatten_parameters(self) -> None:
         """Do nothing: the weights need no common memory. For code that calls it on an nn.LSTM."""
 
@@ -102,7 +110,7 @@ class RecurrentLayer(nn.Module):
         weights = []
         for layer in range(self.num_layers):
             for suffix in self._suffixes(layer):
-                names = (name + suffix for name in _PARAMETERS)
+                names = (name + suffix for name in PARAMETERS)
                 weights.append([getattr(self, name) for name in names if hasattr(self, name)])
         return weights
 
@@ -175,13 +183,7 @@ class RecurrentLayer(nn.Module):
         y, new_state = self(input.unsqueeze(time), state)
         return y.squeeze(time), new_state
 
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments, leaving out defaults, like nn.LSTM."""
-        shown = [f"{name}={getattr(self, name)!r}" for name, value in self._defaults() if getattr(self, name) != value]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
-
     def _defaults(self) -> Iterator[tuple[str, Any]]:
-        """Yield the constructor's options and their defaults, in the order in which they are shown."""
         yield from {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False}.items()
         yield from {"dropout": 0.0, "bidirectional": False, "recurrent_dropout": 0.0}.items()
         yield from {"zoneout_h": 0.0, "zoneout_c": 0.0, "backend": "auto"}.items()
@@ -194,10 +196,10 @@ class RecurrentLayer(nn.Module):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        steps, batch = len(batch_sizes), int(batch_sizes[0])
+        steps, batch, cpu = len(batch_sizes), int(batch_sizes[0]), batch_sizes.device
         # Of the rows in their packed order, the longest first: row b has a step wherever more than b rows have.
-        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
-        valid = (torch.arange(steps).unsqueeze(1) < sorted_lengths).to(data.device)
+        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=cpu)).sum(0)
+        valid = (torch.arange(steps, device=cpu).unsqueeze(1) < sorted_lengths).to(data.device)
         x = data.new_zeros(steps, batch, data.shape[1]).masked_scatter(valid.unsqueeze(2), data)
         self._check_input(x)
         if hx is not None:
@@ -249,28 +251,18 @@ class RecurrentLayer(nn.Module):
         y, h_n, c_n = zip(*results, strict=True)
         return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the cell's function."""
-        raise NotImplementedError
-
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
 
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
         weight = self.weight_ih_l0
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
-        if x.device != weight.device:
-            raise RuntimeError(
-                f"Input and parameter tensors are not at the same device, found input tensor at {x.device} and "
-                f"parameter tensor at {weight.device}"
-            )
+        check_device(x, "parameter", weight)
         if x.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
@@ -280,37 +272,24 @@ class RecurrentLayer(nn.Module):
 
     def _check_state(self, hx: Any, x: Tensor, batched: bool) -> State:
         """Check the states for x [T, B, I]; return them with their dimension of rows."""
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
-            raise TypeError(
-                f"{type(self).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}"
-            )
-        rank = 3 if batched else 2
-        if any(s.dim() != rank for s in hx):
-            kind = "batched 3-D" if batched else "unbatched 2-D"
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {rank}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
+        check_pair(self, hx)
+        check_state_ranks(hx, 3 if batched else 2, batched)
         h_0, c_0 = (s if batched else s.unsqueeze(1) for s in hx)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         for position, (s, units) in enumerate(((h_0, self.proj_size or self.hidden_size), (c_0, self.hidden_size))):
             expected = (layers, x.shape[1], units)
             if tuple(s.shape) != expected:
                 raise RuntimeError(f"Expected hidden[{position}] size {expected}, got {list(s.shape)}")
-            if s.device != x.device:
-                raise RuntimeError(
-                    f"Input and hidden tensors are not at the same device, found input tensor at {x.device} and "
-                    f"hidden tensor at {s.device}"
-                )
-            if s.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            check_device(x, "hidden", s)
+            if not same_dtype(x, s):
                 raise RuntimeError(
                     "Input and hidden tensors are not the same dtype, found input tensor with "
-                    f"{_scalar_type(x)} and hidden tensor with {_scalar_type(s)}"
+                    f"{scalar_type(x)} and hidden tensor with {scalar_type(s)}"
                 )
         return h_0, c_0
 
 
-class NovoLSTM(RecurrentLayer):
+class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
     r"""A stacked, optionally bidirectional NovoLSTM, called like `torch.nn.LSTM`.
 
     An LSTM whose input gate is i = gain · LayerNorm(σ(z_i)) · softmax(z_p), both over the hidden units (equations:
@@ -373,27 +352,82 @@ class NovoLSTM(RecurrentLayer):
         backend: str = "auto",
     ) -> None:
         cell = novolstm_cell(variant, layer_norm)
-        check_gate_gain(gate_gain)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__(cell, *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
-        self.variant = variant
-        self.layer_norm = layer_norm
-        self.ln_eps = CELLS[cell].eps if ln_eps is None else float(ln_eps)
-        self.gate_gain = gate_gain
+        self._set_options(variant, layer_norm, ln_eps, gate_gain)
 
-    def _defaults(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._defaults()
-        yield from {"variant": "formula", "layer_norm": "input_gate"}.items()
-        yield "ln_eps", CELLS[novolstm_cell(self.variant, self.layer_norm)].eps
-        yield "gate_gain", 1.0
+    @classmethod
+    def from_lstm(cls, lstm: "nn.LSTM | LSTM", **options: Any) -> "NovoLSTM":
+        """Return a layer that starts from a trained LSTM. It does not compute what the LSTM computes.
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return call_novolstm(self, x, h_0, c_0, weights, **options)
+        The rows i|f|g|o of weights and biases, and weight_hr, are copies of the LSTM's; the rows p and the layer
+        normalisations are as freshly initialised. The input gate is another function of them, so the layer is to be
+        trained. Sizes, bias, batch_first, dropout, device, dtype, training mode and each parameter's requires_grad
+        are the LSTM's; so are recurrent_dropout, zoneout and backend of an `LSTM` where no options say otherwise.
+
+        Args:
+            lstm: nn.LSTM or `LSTM`.
+            **options: NovoLSTM's keyword options: variant, layer_norm, gate_gain and so on.
+
+        Raises:
+            TypeError: `lstm` is no LSTM, or there is no such option.
+            ValueError: its parameters are not those of an LSTM (it is pruned, for example), or an option's value.
+        """
+        from novolstm_triton.convert import novolstm_from_lstm
+
+        return novolstm_from_lstm(cls, lstm, options)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        variant: str = "formula",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "NovoLSTM":
+        """Return a layer that computes what the Keras layer with these weights computes.
+
+        The names are those of the layer that the cell's author published: w_k [I, H], u_k [H, H] and b_k [H] of each
+        gate k, where c is our g and i_prime our p; gamma and beta [H]. The order of a list is the one in which that
+        layer makes them, which its `get_weights()` has, too: w, u and b of i; w and b of i_prime; w, u and b of f, of
+        c, of o; gamma; beta. The formula, of which there is no published code, also has u_i_prime [H, H], after b_o.
+        The weights of a `keras.layers.Bidirectional` are twice as many, forward first.
+
+        Args:
+            weights: a list of arrays in that order; or a dict of arrays by those names; or the path of a
+                `.weights.h5` or `.keras` file, which needs h5py.
+            variant: "formula" or "notebook", the function published as code.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: gate_gain, device, backend and so on. Where none are given, gate_gain is 1; ln_eps is 1e-3,
+                Keras's own, for both variants; batch_first is True, as in Keras; dtype is the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.keras_weights import novolstm_from_keras
+
+        return novolstm_from_keras(cls, weights, variant, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return the weights as arrays, in the order of `from_keras`, for the Keras layer's `set_weights`.
+
+        The sum of the two biases is b, and gate_gain is a factor in gamma and beta. ε is no weight: the Keras layer
+        has to have this one's `ln_eps`, and a warning says so where that is not Keras's 1e-3. bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, with a projection, zoneout or
+                layer_norm="all".
+        """
+        from novolstm_triton.keras_weights import novolstm_to_keras
+
+        return novolstm_to_keras(self)
 
 
-class LSTM(RecurrentLayer):
+class LSTM(LSTMFunction, RecurrentLayer):
     r"""A drop-in for `torch.nn.LSTM`: the same function, parameters and call, on this library's engine.
 
     Args:
@@ -441,10 +475,81 @@ class LSTM(RecurrentLayer):
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         super().__init__("lstm", *sizes, device, dtype, recurrent_dropout, zoneout_h, zoneout_c, backend)
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return lstm(x, h_0, c_0, **weights, **options)
+    @classmethod
+    def from_torch(cls, lstm: nn.LSTM, **options: Any) -> "LSTM":
+        """Return a layer that computes what this nn.LSTM computes, with copies of its parameters.
+
+        Sizes, bias, batch_first, dropout, device, dtype, training mode and each parameter's requires_grad are those
+        of the nn.LSTM. Its hooks are not taken along.
+
+        Args:
+            lstm: nn.LSTM.
+            **options: LSTM's keyword options: backend; and recurrent_dropout, zoneout_h and zoneout_c, with which the
+                layer no longer computes the same.
+
+        Raises:
+            TypeError: `lstm` is no nn.LSTM, or there is no such option.
+            ValueError: it is of a subclass with code of its own, or its parameters are not those of an LSTM (it is
+                pruned, for example), or an option's value.
+        """
+        from novolstm_triton.convert import lstm_from_torch
+
+        return lstm_from_torch(cls, lstm, options)
+
+    def to_torch(self) -> nn.LSTM:
+        """Return the nn.LSTM that computes what this layer computes, with copies of its parameters.
+
+        Raises:
+            ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM has not, or its parameters are not
+                those of an LSTM (it is pruned, for example).
+        """
+        from novolstm_triton.convert import lstm_to_torch
+
+        return lstm_to_torch(self)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "LSTM":
+        """Return a layer that computes what the `keras.layers.LSTM` with these weights computes.
+
+        The Keras layer has to have its default activations, tanh and sigmoid, which its weights do not tell; a
+        `.keras` file does, and is checked.
+
+        Args:
+            weights: [kernel [I, 4H], recurrent_kernel [H, 4H], bias [4H]], blocks i|f|c|o, or the first two, as
+                `get_weights()` returns them, or twice as many for a `keras.layers.Bidirectional`, forward first; or a
+                dict of arrays by those names; or the path of a `.weights.h5` or `.keras` file, which needs h5py.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: device, backend and so on. Where none are given, batch_first is True, as in Keras, and dtype is
+                the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.keras_weights import lstm_from_keras
+
+        return lstm_from_keras(cls, weights, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return [kernel, recurrent_kernel, bias] for the Keras layer's `set_weights`, without bias if there is none.
+
+        A bidirectional layer returns those of the forward, then those of the backward direction. The sum of the two
+        biases is Keras's; bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, with a projection or zoneout.
+        """
+        from novolstm_triton.keras_weights import lstm_to_keras
+
+        return lstm_to_keras(self)
 
 
 def detach_state(state: Any) -> Any:
@@ -465,96 +570,5 @@ def detach_state(state: Any) -> Any:
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
 
 
-_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "ln_weight", "ln_bias")
-"""Names of a layer's parameters, in the order of registration; not every layer has them all."""
-
-
-def parameter_shapes(
-    cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's parameters by their names without suffix, for an input of so many features."""
-    blocks = CELLS[cell]
-    gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
-    shapes: dict[str, tuple[int, ...]] = {
-        "weight_ih": (gates, features),
-        "weight_hh": (recurrent, proj_size or hidden),
-    }
-    if bias:
-        shapes |= {"bias_ih": (gates,), "bias_hh": (recurrent,)}
-    if proj_size:
-        shapes |= {"weight_hr": (proj_size, hidden)}
-    if norms:
-        shapes |= {"ln_weight": (norms,), "ln_bias": (norms,)}
-    return shapes
-
-
-def reset_parameters(module: nn.Module, hidden: int) -> None:
-    """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
-    bound = 1.0 / math.sqrt(hidden)
-    for name, parameter in module.named_parameters():
-        if name.startswith("ln_weight"):
-            nn.init.ones_(parameter)
-        elif name.startswith("ln_bias"):
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.uniform_(parameter, -bound, bound)
-
-
-def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
-    """Return the parameters of one layer and direction, the two biases added, as the functions' keyword arguments."""
-    weights = {name: getattr(module, name + suffix) for name in _PARAMETERS if hasattr(module, name + suffix)}
-    bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
-    if bias is not None and recurrent is not None:
-        missing = bias.shape[0] - recurrent.shape[0]
-        bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
-    return weights | {"bias": bias}
-
-
-def call_novolstm(
-    module: Any, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `novolstm` with the options of a layer or a single cell."""
-    gain = module.hidden_size if module.gate_gain == "hidden" else module.gate_gain
-    own = dict(eps=module.ln_eps, gate_gain=float(gain), variant=module.variant, layer_norm=module.layer_norm)
-    return novolstm(x, h_0, c_0, **weights, **own, **options)
-
-
-def check_positive(**sizes: Any) -> None:
-    """Raise TypeError or ValueError, in nn.LSTM's words, unless every size is a positive integer."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-        if value <= 0:
-            raise ValueError(f"{name} must be greater than zero")
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError if there is no such backend."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
-
-
-def check_gate_gain(gate_gain: float | str) -> None:
-    """Raise ValueError if this is neither a number nor "hidden"."""
-    if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
-        raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
-
-
 def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _described(value: Any) -> str:
-    """Return a wrong state as a short phrase."""
-    if isinstance(value, Tensor):
-        return f"a Tensor {list(value.shape)}: an LSTM has two states"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
-    return type(value).__name__
-
-
-def _scalar_type(tensor: Tensor) -> str:
-    """Return a dtype's name as PyTorch's C++ messages spell it."""
-    names = {"float32": "Float", "float64": "Double", "float16": "Half", "bfloat16": "BFloat16"}
-    name = str(tensor.dtype).removeprefix("torch.")
-    return names.get(name, name.capitalize())
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1

@@ -503,7 +503,10 @@ def _candidate(
         num_warps = 8 if crowded or ctas > 1 else 4
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
-    thrifty = backward and resident and block_b == 16 and (block_k <= 256 if num_warps == 8 else directions == 2)
+    if backward:
+        thrifty = resident and block_b == 16 and (block_k <= 256 if num_warps >= 8 else directions == 2)
+    else:
+        thrifty = not resident or (local and num_warps >= 8)
     exchanges = 2 if cell.normalised else 1
     if pins.exchanges and backward and slices > 1 and cell.normalised:
         exchanges = pins.exchanges
@@ -546,7 +549,7 @@ def _candidate(
         tiles_per_launch=together,
         num_warps=num_warps,
         num_stages=num_stages,
-        max_registers=255 if device.backend == "cuda" and num_warps <= 8 and thrifty else None,
+        max_registers=min(255, 2**16 // (32 * num_warps)) if device.backend == "cuda" and thrifty else None,
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )

@@ -1,6 +1,7 @@
 """Masks of recurrent dropout and of zoneout, drawn from PyTorch's generator of the device.
 
-Whoever restores the generator's state, as activation checkpointing does, gets the same masks again.
+Whoever restores the generator's state, as activation checkpointing does, gets the same masks again. Out of place,
+because torch.func.vmap can draw for every member of its batch only so.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ def dropout_mask(shape: Sequence[int], probability: float, like: Tensor) -> Tens
         like: a tensor with the mask's dtype and device.
     """
     keep = 1.0 - probability
-    return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+    return torch.bernoulli(torch.empty(shape, dtype=like.dtype, device=like.device), keep).div_(keep)
 
 
 def zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.device) -> Tensor:
@@ -30,5 +31,5 @@ def zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.device)
         c: likewise, of c.
         device: where the mask is wanted.
     """
-    h_kept, c_kept = (torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(p) for p in (h, c))
+    h_kept, c_kept = (torch.bernoulli(torch.empty(shape, dtype=torch.uint8, device=device), p) for p in (h, c))
     return h_kept + 2 * c_kept

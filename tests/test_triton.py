@@ -8,6 +8,7 @@ import torch
 import triton
 
 from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
 from .cooperative import cooperative
@@ -34,9 +35,11 @@ def sample_cases(count: int) -> list:
             steps,
             batch,
             hidden,
-            cell=generator.choice(("formula", "notebook")),
+            cell=sorted(CELLS)[len(cases) % len(CELLS)],
             lengths=generator.random() < 0.5,
             reverse=generator.random() < 0.5,
+            h_mask=generator.random() < 0.3,
+            zoneout=generator.choice(("none", "none", "masks", "average")),
             seed=len(cases),
         )
         pins = dict(
@@ -50,7 +53,7 @@ def sample_cases(count: int) -> list:
     return cases
 
 
-@pytest.mark.parametrize(("problem", "pins"), sample_cases(28))
+@pytest.mark.parametrize(("problem", "pins"), sample_cases(30))
 def test_matches_float64_under_random_schedule(problem, pins):
     with cooperative(problem.seed, poison=True) as report, plan.forced(device=ROOMY, **pins):
         result = problem.run("triton", torch.float32)
@@ -67,11 +70,12 @@ def test_matches_float64_under_every_policy(seed):
     assert_as_exact_as_eager(problem, result, torch.float32)
 
 
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("variant", sorted(CELLS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("slices", [1, 4])
 def test_sixteen_bit_dtypes(dtype, slices, variant):
-    problem = Problem(steps=7, batch=5, hidden=40, cell=variant, lengths=slices == 4)
+    options = dict(h_mask=slices == 4, zoneout=("average", "masks")[slices == 4], lengths=slices == 4)
+    problem = Problem(steps=7, batch=5, hidden=40, cell=variant, **options)
     with cooperative(1), plan.forced(device=ROOMY, slices=slices, chunk=3):
         result = problem.run("triton", dtype)
     assert result["y"].dtype == dtype
@@ -82,11 +86,12 @@ def test_sixteen_bit_dtypes(dtype, slices, variant):
 SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr", "late_ring_ptr")
 
 
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("variant", ["lstm", "formula", "notebook", "notebook_all"])
 @pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_self_validating_words(seed, lengths, variant):
-    problem = Problem(steps=5, batch=18, hidden=20, cell=variant, lengths=lengths, reverse=seed % 2 == 1, seed=seed)
+    options = dict(lengths=lengths, reverse=seed % 2 == 1, h_mask=seed == 1, zoneout=("none", "masks")[seed > 1])
+    problem = Problem(steps=5, batch=18, hidden=20, cell=variant, seed=seed, **options)
     pins = dict(slices=3, chunk=2, block_k=(16, None)[seed % 2])
     with (
         cooperative(seed, poison=True, exempt=SELF_VALIDATING) as report,
@@ -98,12 +103,12 @@ def test_self_validating_words(seed, lengths, variant):
     assert_as_exact_as_eager(problem, result, torch.float32)
 
 
-@pytest.mark.parametrize("exchanges", [1, 2])
+@pytest.mark.parametrize(("cell", "exchanges"), [("formula", 1), ("formula", 2), ("lstm", None)])
 @pytest.mark.parametrize("exchange", ["barrier", "words"])
-def test_exact_under_fifty_schedules(exchange, exchanges):
-    problem = Problem(steps=3, batch=2, hidden=5, lengths=True)
+def test_exact_under_fifty_schedules(exchange, cell, exchanges):
+    problem = Problem(steps=4, batch=2, hidden=5, cell=cell, lengths=True)
     exempt = SELF_VALIDATING if exchange == "words" else ()
-    pins = dict(exchange=exchange, exchanges=exchanges, slices=3, chunk=2)
+    pins = dict(exchange=exchange, exchanges=exchanges, slices=3, chunk=3)
     for seed in range(50):
         with cooperative(seed, poison=exchange == "barrier", exempt=exempt), plan.forced(device=ROOMY, **pins):
             result = problem.run("triton", torch.float32)
@@ -111,10 +116,11 @@ def test_exact_under_fifty_schedules(exchange, exchanges):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("variant", ["formula", "notebook", "formula_all", "notebook_all"])
 @pytest.mark.parametrize("slices", [2, 4])
 def test_one_exchange_in_backward(slices, variant, dtype):
-    problem = Problem(steps=7, batch=18, hidden=40, cell=variant, lengths=slices == 2, reverse=slices == 4)
+    options = dict(lengths=slices == 2, reverse=slices == 4, h_mask=slices == 4)
+    problem = Problem(steps=7, batch=18, hidden=40, cell=variant, **options)
     with cooperative(slices), plan.forced(device=ROOMY, slices=slices, chunk=3, exchanges=1):
         result = problem.run("triton", dtype)
     assert_as_exact_as_eager(problem, result, dtype)
@@ -152,7 +158,7 @@ def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
         assert any(t.isnan().any() for t in (*outputs, *gradients))
 
 
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("variant", ["lstm", "formula", "notebook"])
 def test_cluster(variant):
     """One program to the interpreter, whose exchanges are the compiler's: what is left is the arithmetic."""
     problem = Problem(steps=4, batch=3, hidden=40, cell=variant, lengths=True)

@@ -1,0 +1,334 @@
+"""Conversions between `torch.nn.LSTM` and this library's layers: one layer, or every LSTM of a model."""
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+
+TARGETS = ("lstm", "novolstm")
+"""What `convert_model` can make of an LSTM."""
+
+_SIZES = ("num_layers", "bias", "batch_first", "bidirectional", "proj_size")
+_FIXED = ("input_size", "hidden_size", *_SIZES, "dropout", "device", "dtype")
+_REGULARISERS = ("recurrent_dropout", "zoneout_h", "zoneout_c")
+
+# What a subclass may define and still compute what its base computes.
+_HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__"}
+_HARMLESS |= {"__static_attributes__", "__parameters__", "__orig_bases__", "reset_parameters", "extra_repr"}
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS += ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+
+L = TypeVar("L", bound=nn.Module)
+
+
+def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
+    """Do what `LSTM.from_torch` says."""
+    _check_source(source, (nn.LSTM,), "nn.LSTM")
+    check_fixed(options, _FIXED, "the nn.LSTM")
+    if own := _own_code(source):
+        raise ValueError(f"lstm: expected an nn.LSTM, got {type(source).__name__}, which has {own} of its own")
+    target = _empty(cls, source, options)
+    return _finished(target, source, _copies(_weights(source)))
+
+
+def lstm_to_torch(source: LSTM) -> nn.LSTM:
+    """Do what `LSTM.to_torch` says."""
+    for name in _REGULARISERS:
+        if value := getattr(source, name):
+            raise ValueError(f"{name}: expected 0, because nn.LSTM has none, got {value}")
+    target = _finished(_empty(nn.LSTM, source, {}), source, _copies(_weights(source)))
+    # On a GPU cuDNN wants the weights in one piece of memory.
+    target.flatten_parameters()
+    return target
+
+
+def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Mapping[str, Any]) -> NovoLSTM:
+    """Do what `NovoLSTM.from_lstm` says."""
+    _check_source(source, (nn.LSTM, LSTM), "nn.LSTM or LSTM")
+    check_fixed(options, _FIXED, "the LSTM")
+    weights = _weights(source)
+    if isinstance(source, LSTM):
+        options = {name: getattr(source, name) for name in (*_REGULARISERS, "backend")} | dict(options)
+    like = weights["weight_ih_l0"]
+    sizes = {name: getattr(source, name) for name in _SIZES}
+    target = cls(source.input_size, source.hidden_size, **sizes, device=like.device, dtype=like.dtype, **options)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameter = target.get_parameter(name)
+            # Blocks i|f|g|o come first in both; p's, where there is one, stays as it was drawn.
+            parameter[: weight.shape[0]].copy_(weight)
+            parameter.requires_grad_(weight.requires_grad)
+    return _finished(target, source, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What became of one recurrent layer of a model."""
+
+    path: str
+    """Where it is in the model; "" is the model itself."""
+    layer: str
+    """What it was."""
+    result: str | None
+    """What it is now, None if it was left alone."""
+    note: str
+    """What that means, or why it was left alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `convert_model` did, a table as a string."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def converted(self) -> tuple[Entry, ...]:
+        """The layers that were replaced."""
+        return tuple(entry for entry in self.entries if entry.result is not None)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The layers that were left alone."""
+        return tuple(entry for entry in self.entries if entry.result is None)
+
+    def __str__(self) -> str:
+        """Return the table, a line for each layer."""
+        if not self.entries:
+            return "The model has no recurrent layer."
+        rows = [("module", "was", "is", "note")]
+        rows += [(e.path or "(the model)", e.layer, e.result or "left alone", e.note) for e in self.entries]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, f"converted {len(self.converted)}, left alone {len(self.left)}"])
+
+
+def convert_model(
+    model: nn.Module, to: str = "lstm", *, inplace: bool = False, verbose: bool = True, **options: Any
+) -> tuple[nn.Module, Report]:
+    """Replace every `nn.LSTM` of a model by this library's layers, and print what became of each.
+
+    With to="lstm" each becomes an `LSTM` with the same parameters: the model computes what it did, has the same
+    state_dict, and, changed in place, keeps its Parameter objects, so that an optimizer stays valid. With
+    to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model then
+    computes something else and wants training, with an optimizer made for its new parameters.
+
+    A layer that the model uses in several places remains one. Left alone, and listed with the reason, are: subclasses
+    of nn.LSTM that define more than a constructor; layers with parametrizations, weight normalisation or pruning, or
+    with hooks, all of which would be lost; layers that are compiled themselves or inside DistributedDataParallel;
+    with to="novolstm" those with a parameter that has a second name, in them or elsewhere, because the new one has
+    another shape. Cells
+    (`nn.LSTMCell`) and other recurrent layers are listed and left alone.
+
+    Args:
+        model: any module, which may be an nn.LSTM itself.
+        to: "lstm" or "novolstm".
+        inplace: change `model` instead of a deep copy of it. A model that is an nn.LSTM itself cannot be changed
+            into something else: use what is returned.
+        verbose: print the report.
+        **options: options of the new layers, as `NovoLSTM` or `LSTM` takes them by keyword: variant, gate_gain,
+            backend and so on.
+
+    Returns:
+        The converted model, and the report, whose str() is the table.
+
+    Raises:
+        TypeError: `model` is no module, or there is no such option.
+        ValueError: there is no such target, or an option does not fit a layer. The model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if to not in TARGETS:
+        raise ValueError(f"to: expected one of {list(TARGETS)}, got {to!r}")
+    cls = LSTM if to == "lstm" else NovoLSTM
+    check_fixed(options, _FIXED, "each layer")
+    # Wrong options are an error in a model without LSTMs, too.
+    cls(1, 2, device="meta", **options)
+    model = model if inplace else copy.deepcopy(model)
+
+    # All new layers are made before the first is put in place: an error leaves the model as it was.
+    users, new, paths = _parameter_users(model), {}, {}
+    entries, swaps = [], []
+    for place in _places(model):
+        old, shown = place.module, _described(place.module)
+        if id(old) in paths:
+            result = _described(new[id(old)]) if id(old) in new else None
+            entries.append(Entry(place.path, shown, result, f"the same layer as {paths[id(old)] or '(the model)'}"))
+        else:
+            paths[id(old)] = place.path
+            reason = _reason(place, to, users)
+            if reason is None:
+                new[id(old)] = _replacement(old, to, options)
+                note = "same function" if to == "lstm" else "warm start: i, f, g, o copied, p and norms new"
+                entries.append(Entry(place.path, shown, _described(new[id(old)]), note))
+            else:
+                entries.append(Entry(place.path, shown, None, reason))
+        if id(old) in new:
+            swaps.append((place, new[id(old)]))
+    for place, layer in swaps:
+        if place.parent is None:
+            model = layer
+        else:
+            place.parent.register_module(place.name, layer)
+    report = Report(tuple(entries))
+    if verbose:
+        print(report)
+    return model, report
+
+
+def check_fixed(options: Mapping[str, Any], fixed: Iterable[str], origin: str) -> None:
+    """Raise TypeError if an option is one that a conversion takes from what it converts.
+
+    Args:
+        options: what was given.
+        fixed: names that may not be.
+        origin: where their values come from, for the message.
+    """
+    for name in fixed:
+        if name in options:
+            raise TypeError(f"{name}: expected no such option, because it is taken from {origin}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a model holds a recurrent layer."""
+
+    parent: nn.Module | None
+    name: str
+    path: str
+    module: Any
+    within_ddp: bool
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """Yield every place of a recurrent layer: a shared layer once for each, one within a shared parent once."""
+    seen = set()
+
+    def walk(parent: nn.Module | None, name: str, path: str, module: nn.Module, within_ddp: bool) -> Iterator[_Place]:
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, RecurrentLayer)):
+            yield _Place(parent, name, path, module, within_ddp)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        within_ddp = within_ddp or isinstance(module, DistributedDataParallel)
+        # Not named_children, which passes over a second name of the same layer.
+        for child_name, child in module._modules.items():
+            if child is not None:
+                yield from walk(module, child_name, f"{path}.{child_name}".lstrip("."), child, within_ddp)
+
+    yield from walk(None, "", "", model, False)
+
+
+def _reason(place: _Place, to: str, users: Mapping[int, int]) -> str | None:
+    """Return why a layer is left alone, or None."""
+    module = place.module
+    if isinstance(module, LSTM if to == "lstm" else NovoLSTM):
+        return "is one already"
+    if isinstance(module, NovoLSTM):
+        return "computes something else than an LSTM"
+    if isinstance(module, nn.RNNCellBase):
+        return "a cell, which takes single steps"
+    if not isinstance(module, (nn.LSTM, LSTM)):
+        return "no LSTM"
+    if (difference := _difference(module)) is not None:
+        return difference
+    if own := _own_code(module):
+        return f"a subclass with {own} of its own"
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return "has hooks, which would be lost"
+    if place.name == "_orig_mod" or getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled: convert before torch.compile"
+    if place.within_ddp:
+        return "is inside DistributedDataParallel: convert before wrapping"
+    if to == "novolstm" and any(users[id(p)] > 1 for p in module.parameters()):
+        return "has a parameter under two names"
+    return None
+
+
+def _difference(module: nn.Module) -> str | None:
+    """Return what an LSTM has beside an LSTM's parameters, or lacks, or None."""
+    expected = _empty(LSTM, module, {})
+    theirs, ours = _own_parameters(module), _own_parameters(expected)
+    if missing := ours.keys() - theirs.keys():
+        return f"{min(missing)} is parametrized, normalised or pruned, which would be lost"
+    added = [*(theirs.keys() - ours.keys()), *(name for name, _ in (*module.named_buffers(), *module.named_children()))]
+    if added:
+        return f"has {min(added)} beside an LSTM's parameters"
+    for name, parameter in theirs.items():
+        if parameter.shape != ours[name].shape or type(parameter.data) is not Tensor:
+            return f"{name} is a {type(parameter.data).__name__} {list(parameter.shape)}"
+    return None
+
+
+def _own_code(module: nn.Module) -> str:
+    """Return names of what a subclass, or the instance, defines and nn.LSTM or LSTM has otherwise; "" for none."""
+    bases = {nn.LSTM, LSTM}
+    own = {"forward"} & vars(module).keys()
+    for cls in type(module).__mro__:
+        if cls in bases:
+            break
+        own |= vars(cls).keys() - _HARMLESS
+    return ", ".join(sorted(own))
+
+
+def _parameter_users(model: nn.Module) -> Counter[int]:
+    """Return under how many names the model's modules hold each parameter, by its id."""
+    return Counter(id(p) for module in model.modules() for p in _own_parameters(module).values())
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _replacement(old: nn.LSTM | LSTM, to: str, options: Mapping[str, Any]) -> LSTM | NovoLSTM:
+    if to == "novolstm":
+        return novolstm_from_lstm(NovoLSTM, old, options)
+    # The model's own Parameters move over: whoever shares or optimises them goes on doing so.
+    return _finished(_empty(LSTM, old, options), old, _weights(old))
+
+
+def _check_source(source: Any, kinds: tuple[type, ...], expected: str) -> None:
+    if not isinstance(source, kinds):
+        raise TypeError(f"lstm: expected an {expected}, got {type(source).__name__}")
+
+
+def _weights(source: nn.Module) -> dict[str, nn.Parameter]:
+    """Return an LSTM's parameters by their names.
+
+    Raises:
+        ValueError: it has not those of an LSTM.
+    """
+    if (difference := _difference(source)) is not None:
+        raise ValueError(f"lstm: expected the parameters of a plain LSTM, got one where {difference}")
+    return _own_parameters(source)
+
+
+def _copies(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(w.detach().clone(), requires_grad=w.requires_grad) for name, w in weights.items()}
+
+
+def _empty(cls: type[L], source: Any, options: Mapping[str, Any]) -> L:
+    """Return an LSTM of the source's sizes whose parameters have no memory yet."""
+    sizes = {name: getattr(source, name) for name in _SIZES}
+    return cls(source.input_size, source.hidden_size, **sizes, device="meta", **options)
+
+
+def _finished(target: L, source: Any, parameters: Mapping[str, nn.Parameter]) -> L:
+    """Give a new layer its parameters, and what the source was told beside its sizes; return it."""
+    for name, parameter in parameters.items():
+        setattr(target, name, parameter)
+    # Not by the constructor, which would repeat nn.LSTM's warning about dropout after a single layer.
+    target.dropout = source.dropout
+    return target.train(source.training)
+
+
+def _described(module: nn.Module) -> str:
+    """Return a layer's constructor call in one line."""
+    return f"{type(module).__name__}({module.extra_repr()})"

@@ -1,0 +1,233 @@
+"""Weights of Keras's layers as this library's, and back: names, orders, shapes. Their files: `keras_files.py`."""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.convert import check_fixed
+from novolstm_triton.keras_files import read_layer
+from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+from novolstm_triton.recurrent import layer_weights
+
+KERAS_EPS = 1e-3
+"""Default ε of Keras's LayerNormalization."""
+
+Arrays = dict[str, np.ndarray]
+"""One direction's arrays by their names in Keras."""
+
+_GATES = {"i": "i", "f": "f", "g": "c", "o": "o", "p": "i_prime"}
+"""Keras's names of our gates."""
+
+_NOTEBOOK = (
+    "w_i",
+    "u_i",
+    "b_i",
+    "w_i_prime",
+    "b_i_prime",
+    "w_f",
+    "u_f",
+    "b_f",
+    "w_c",
+    "u_c",
+    "b_c",
+    "w_o",
+    "u_o",
+    "b_o",
+)
+_NOVOLSTM = {"notebook": (*_NOTEBOOK, "gamma", "beta"), "formula": (*_NOTEBOOK, "u_i_prime", "gamma", "beta")}
+"""Names of NovoLSTM's weights, in the order in which the Keras layer makes them."""
+
+_LSTM = ("kernel", "recurrent_kernel", "bias")
+
+_FIXED = ("input_size", "hidden_size", "num_layers", "bias", "dropout", "bidirectional", "proj_size", "layer_norm")
+
+L = TypeVar("L", bound=RecurrentLayer)
+
+
+def novolstm_from_keras(
+    cls: type[NovoLSTM], weights: Any, variant: str, layer: str | None, options: Mapping[str, Any]
+) -> NovoLSTM:
+    """Do what `NovoLSTM.from_keras` says."""
+    cell = CELLS[novolstm_cell(variant, "input_gate")]
+    names = _NOVOLSTM[variant]
+
+    def split(given: Any) -> list[Arrays]:
+        return _by_direction(given, (names,), _novolstm_shapes, f"a NovoLSTM of variant {variant!r}")
+
+    directions = _directions(weights, layer, split)
+    parameters = []
+    for arrays in directions:
+        kinds = {"w": cell.gates, "u": cell.gates[: cell.recurrent], "b": cell.gates}
+        w, u, b = (
+            np.concatenate([arrays[f"{kind}_{_GATES[gate]}"].T for gate in gates]) for kind, gates in kinds.items()
+        )
+        norms = {"ln_weight": arrays["gamma"], "ln_bias": arrays["beta"]}
+        parameters.append({"weight_ih": w, "weight_hh": u, "bias_ih": b, **norms})
+    return _built(cls, parameters, {"variant": variant, "ln_eps": KERAS_EPS} | dict(options))
+
+
+def lstm_from_keras(cls: type[LSTM], weights: Any, layer: str | None, options: Mapping[str, Any]) -> LSTM:
+    """Do what `LSTM.from_keras` says."""
+
+    def split(given: Any) -> list[Arrays]:
+        return _by_direction(given, (_LSTM, _LSTM[:2]), _lstm_shapes, "a keras.layers.LSTM")
+
+    parameters = []
+    for arrays in _directions(weights, layer, split):
+        own = {"weight_ih": arrays["kernel"].T, "weight_hh": arrays["recurrent_kernel"].T}
+        parameters.append(own | ({"bias_ih": arrays["bias"]} if "bias" in arrays else {}))
+    return _built(cls, parameters, options)
+
+
+def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
+    """Do what `NovoLSTM.to_keras` says."""
+    _check_counterpart(layer)
+    if layer.layer_norm != "input_gate":
+        raise ValueError(f"layer_norm: expected 'input_gate' for a Keras layer, got {layer.layer_norm!r}")
+    if layer.ln_eps != KERAS_EPS:
+        warnings.warn(
+            f"to_keras: ε is no weight; the Keras layer needs LayerNormalization(epsilon={layer.ln_eps})", stacklevel=3
+        )
+    cell = CELLS[layer.variant]
+    gain = layer.hidden_size if layer.gate_gain == "hidden" else float(layer.gate_gain)
+    result = []
+    for own in _own_weights(layer):
+        if own["bias"] is None:
+            own["bias"] = own["weight_ih"].new_zeros(own["weight_ih"].shape[0])
+        arrays = {}
+        for kind, blocks in (("w", own["weight_ih"]), ("u", own["weight_hh"]), ("b", own["bias"])):
+            # Where the blocks are fewer than the gates, p has none.
+            for gate, block in zip(cell.gates, blocks.split(layer.hidden_size), strict=False):
+                arrays[f"{kind}_{_GATES[gate]}"] = _array(block)
+        # The gate is gain · (γ · … + β), times a softmax in one variant.
+        arrays |= {"gamma": _array(own["ln_weight"] * gain), "beta": _array(own["ln_bias"] * gain)}
+        result += [arrays[name] for name in _NOVOLSTM[layer.variant]]
+    return result
+
+
+def lstm_to_keras(layer: LSTM) -> list[np.ndarray]:
+    """Do what `LSTM.to_keras` says."""
+    _check_counterpart(layer)
+    result = []
+    for own in _own_weights(layer):
+        result += [_array(own[name]) for name in ("weight_ih", "weight_hh", *(["bias"] if layer.bias else []))]
+    return result
+
+
+def _directions(weights: Any, layer: str | None, split: Callable[[Any], list[Arrays]]) -> list[Arrays]:
+    """Return each direction's arrays from whatever a user gave."""
+    if isinstance(weights, (str, os.PathLike)):
+        return read_layer(os.fspath(weights), layer, split)
+    if layer is not None:
+        raise ValueError(f"layer: expected None beside arrays, got {layer!r}")
+    return split(weights)
+
+
+def _by_direction(
+    given: Any,
+    orders: Sequence[tuple[str, ...]],
+    shapes: Callable[[Arrays], dict[str, tuple[int, ...]]],
+    owner: str,
+) -> list[Arrays]:
+    """Check and name the arrays of one direction or both.
+
+    Args:
+        given: a list in one of the orders, or twice as long, or a dict.
+        orders: the names that one direction's arrays may have.
+        shapes: returns the shapes that they should have, given the arrays.
+        owner: what has such weights, for messages.
+    """
+    if isinstance(given, Mapping):
+        orders = [names for names in orders if set(names) == set(given)] or [orders[0]]
+        missing, extra = sorted(set(orders[0]) - set(given)), sorted(set(given) - set(orders[0]), key=str)
+        if missing or extra:
+            raise ValueError(f"weights: expected the names of {owner}, got one without {missing} and with {extra}")
+        given = [given[name] for name in orders[0]]
+    if isinstance(given, np.ndarray) or not isinstance(given, Sequence):
+        raise TypeError(f"weights: expected a list or dict of arrays or a path, got {type(given).__name__}")
+    for names in orders:
+        if len(given) in (len(names), 2 * len(names)):
+            break
+    else:
+        counts = " or ".join(str(n) for names in orders for n in (len(names), 2 * len(names)))
+        raise ValueError(f"weights: expected {counts} arrays, the weights of {owner}, got {len(given)}")
+    arrays = [_checked(array, name) for array, name in zip(given, names * 2, strict=False)]
+    directions = [dict(zip(names, arrays[k : k + len(names)], strict=True)) for k in range(0, len(arrays), len(names))]
+    for direction in directions:
+        expected = shapes(directions[0])
+        for name, array in direction.items():
+            if array.shape != expected[name]:
+                raise ValueError(f"weights: expected {name} of shape {expected[name]}, got {array.shape}")
+    return directions
+
+
+def _checked(array: Any, name: str) -> np.ndarray:
+    """Return an array with a dtype that PyTorch has, in the machine's byte order."""
+    array = np.asarray(array)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise TypeError(f"weights: expected {name} in float16, float32 or float64, got {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _novolstm_shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    features, hidden = _matrix(arrays["w_i"], "w_i")
+    matrices = {"w": (features, hidden), "u": (hidden, hidden)}
+    return {name: matrices.get(name.partition("_")[0], (hidden,)) for name in arrays}
+
+
+def _lstm_shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+    features, blocks = _matrix(arrays["kernel"], "kernel")
+    if blocks % 4:
+        raise ValueError(f"weights: expected kernel of shape (I, 4H), got {arrays['kernel'].shape}")
+    return {"kernel": (features, blocks), "recurrent_kernel": (blocks // 4, blocks), "bias": (blocks,)}
+
+
+def _matrix(array: np.ndarray, name: str) -> tuple[int, ...]:
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"weights: expected {name} to be a matrix, got shape {array.shape}")
+    return array.shape
+
+
+def _built(cls: type[L], directions: Sequence[Arrays], options: Mapping[str, Any]) -> L:
+    """Return a layer with these parameters, an entry for each direction."""
+    check_fixed(options, _FIXED, "the weights")
+    first = directions[0]
+    dtype = np.result_type(*(array for arrays in directions for array in arrays.values()))
+    sizes = {"bias": "bias_ih" in first, "bidirectional": len(directions) == 2}
+    defaults = {"batch_first": True, "dtype": torch.from_numpy(np.empty(0, dtype)).dtype}
+    features, hidden = first["weight_ih"].shape[1], first["weight_hh"].shape[1]
+    layer = cls(features, hidden, **sizes, **(defaults | dict(options)))
+    with torch.no_grad():
+        for arrays, suffix in zip(directions, ("_l0", "_l0_reverse"), strict=False):
+            for name, array in arrays.items():
+                # A copy, which PyTorch may write to.
+                layer.get_parameter(name + suffix).copy_(torch.from_numpy(np.array(array, order="C")))
+            if layer.bias:
+                layer.get_parameter("bias_hh" + suffix).zero_()
+    return layer
+
+
+def _check_counterpart(layer: RecurrentLayer) -> None:
+    """Raise ValueError where no Keras layer computes the same."""
+    for name, expected in (("num_layers", 1), ("proj_size", 0), ("zoneout_h", 0), ("zoneout_c", 0)):
+        if (value := getattr(layer, name)) != expected:
+            raise ValueError(f"{name}: expected {expected} for a Keras layer, got {value}")
+
+
+def _own_weights(layer: RecurrentLayer) -> list[dict[str, Any]]:
+    suffixes = ("_l0", "_l0_reverse") if layer.bidirectional else ("_l0",)
+    with torch.no_grad():
+        return [layer_weights(layer, suffix) for suffix in suffixes]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """Return a copy, with a matrix transposed as Keras has it."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return np.array(tensor.numpy().T, order="C")

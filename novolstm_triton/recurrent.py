@@ -1,0 +1,187 @@
+"""What layers and single cells have in common as modules: parameters, options, checks, and the call of a function."""
+
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm
+
+State = tuple[Tensor, Tensor]
+"""(h, c)."""
+
+PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "ln_weight", "ln_bias")
+"""Names of a cell's parameters, in the order of registration; not every cell has them all."""
+
+
+class Recurrent(nn.Module):
+    """A module around a cell, whose parameters it holds. Not to be used itself."""
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool, backend: str) -> None:
+        super().__init__()
+        check_bool(bias=bias)
+        check_positive(input_size=input_size, hidden_size=hidden_size)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("ln_weight"):
+                nn.init.ones_(parameter)
+            elif name.startswith("ln_bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments, leaving out defaults, like PyTorch's own recurrent modules."""
+        shown = [f"{name}={getattr(self, name)!r}" for name, value in self._defaults() if getattr(self, name) != value]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+
+    def _defaults(self) -> Iterator[tuple[str, Any]]:
+        """Yield the constructor's options and their defaults, in the order in which they are shown."""
+        yield from {"bias": True, "backend": "auto"}.items()
+
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call the cell's function over x [T, B, I]."""
+        raise NotImplementedError
+
+
+class LSTMFunction(Recurrent):
+    """A module around the plain LSTM."""
+
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return lstm(x, h_0, c_0, **weights, **options)
+
+
+class NovoLSTMFunction(Recurrent):
+    """A module around NovoLSTM's cell, with its options."""
+
+    def _set_options(self, variant: str, layer_norm: str, ln_eps: float | None, gate_gain: float | str) -> None:
+        """Keep the options of the cell.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        cell = CELLS[novolstm_cell(variant, layer_norm)]
+        if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
+            raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
+        self.variant = variant
+        self.layer_norm = layer_norm
+        self.ln_eps = cell.eps if ln_eps is None else float(ln_eps)
+        self.gate_gain = gate_gain
+
+    def _defaults(self) -> Iterator[tuple[str, Any]]:
+        yield from super()._defaults()
+        yield from {"variant": "formula", "layer_norm": "input_gate"}.items()
+        yield "ln_eps", CELLS[novolstm_cell(self.variant, self.layer_norm)].eps
+        yield "gate_gain", 1.0
+
+    def _call(
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gain = float(self.hidden_size if self.gate_gain == "hidden" else self.gate_gain)
+        own = dict(eps=self.ln_eps, gate_gain=gain, variant=self.variant, layer_norm=self.layer_norm)
+        return novolstm(x, h_0, c_0, **weights, **own, **options)
+
+
+def parameter_shapes(
+    cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a cell's parameters by their names without suffix, for an input of so many features."""
+    blocks = CELLS[cell]
+    gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (gates, features),
+        "weight_hh": (recurrent, proj_size or hidden),
+    }
+    if bias:
+        shapes |= {"bias_ih": (gates,), "bias_hh": (recurrent,)}
+    if proj_size:
+        shapes |= {"weight_hr": (proj_size, hidden)}
+    if norms:
+        shapes |= {"ln_weight": (norms,), "ln_bias": (norms,)}
+    return shapes
+
+
+def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
+    """Return the parameters with a suffix, the two biases added, as the functions' keyword arguments."""
+    weights = {name: getattr(module, name + suffix) for name in PARAMETERS if hasattr(module, name + suffix)}
+    bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
+    if bias is not None and recurrent is not None:
+        missing = bias.shape[0] - recurrent.shape[0]
+        bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
+    return weights | {"bias": bias}
+
+
+def check_positive(**sizes: Any) -> None:
+    """Raise TypeError or ValueError, in nn.LSTM's words, unless every size is a positive integer."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+        if value <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+
+
+def check_bool(**flags: Any) -> None:
+    """Raise TypeError, in nn.LSTM's words, unless every flag is a bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def check_pair(owner: nn.Module, hx: Any) -> None:
+    """Raise TypeError unless a state is a pair of tensors."""
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+        raise TypeError(f"{type(owner).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}")
+
+
+def check_state_ranks(hx: Sequence[Tensor], rank: int, batched: bool) -> None:
+    """Raise RuntimeError, in nn.LSTM's words, unless both states have the rank of the input."""
+    if any(s.dim() != rank for s in hx):
+        kind = "batched" if batched else "unbatched"
+        raise RuntimeError(
+            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+
+
+def check_device(x: Tensor, kind: str, tensor: Tensor) -> None:
+    """Raise RuntimeError, in nn.LSTM's words, unless a tensor of some kind is where the input is."""
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} and "
+            f"{kind} tensor at {tensor.device}"
+        )
+
+
+def same_dtype(x: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor can be used beside the input: it has its dtype, or autocast will see to it."""
+    return x.dtype == tensor.dtype or autocast_is_on(x.device)
+
+
+def scalar_type(tensor: Tensor) -> str:
+    """Return a dtype's name as PyTorch's C++ messages spell it."""
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def _described(value: Any) -> str:
+    """Return a wrong state as a short phrase."""
+    if isinstance(value, Tensor):
+        return f"a Tensor {list(value.shape)}: an LSTM has two states"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"{type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
+    return type(value).__name__

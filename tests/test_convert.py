@@ -1,0 +1,377 @@
+"""From nn.LSTM to this library's layers and back, alone and in models."""
+
+import copy
+import pathlib
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from novolstm_triton import LSTM, NovoLSTM, convert_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+T, B, I, H = 5, 3, 4, 6
+
+SIZES = [
+    pytest.param(dict(), id="plain"),
+    pytest.param(dict(num_layers=2, bidirectional=True, dropout=0.5), id="stacked-bidirectional"),
+    pytest.param(dict(bias=False, batch_first=True), id="no-bias-B-first"),
+    pytest.param(dict(proj_size=2, num_layers=2), id="projected"),
+    pytest.param(dict(dtype=torch.float64), id="fp64"),
+]
+COPIED = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+
+
+def frozen_in_part(layer: nn.Module) -> nn.Module:
+    """Return the layer in evaluation mode with one parameter that is not trained."""
+    layer.weight_hh_l0.requires_grad_(False)
+    return layer.eval()
+
+
+def assert_same_function(ours: nn.Module, theirs: nn.Module) -> None:
+    x = torch.randn(T, B, I, dtype=theirs.weight_ih_l0.dtype)
+    (y, (h, c)), (expected_y, (expected_h, expected_c)) = ours(x), theirs(x)
+    for got, expected in ((y, expected_y), (h, expected_h), (c, expected_c)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def assert_copied(ours: nn.Module, theirs: nn.Module) -> None:
+    """Require equal options, and the same parameters in memory of their own."""
+    assert [getattr(ours, name) for name in COPIED] == [getattr(theirs, name) for name in COPIED]
+    assert ours.training == theirs.training
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, parameter in theirs.named_parameters():
+        own = ours.get_parameter(name)
+        assert torch.equal(own, parameter)
+        assert (own.dtype, own.requires_grad) == (parameter.dtype, parameter.requires_grad)
+        assert own.data_ptr() != parameter.data_ptr()
+
+
+@pytest.mark.parametrize("options", SIZES)
+def test_from_torch_and_back(options):
+    theirs = frozen_in_part(nn.LSTM(I, H, **options))
+    ours = LSTM.from_torch(theirs)
+    assert_copied(ours, theirs)
+    assert_same_function(ours, theirs)
+    back = ours.to_torch()
+    assert type(back) is nn.LSTM
+    assert_copied(back, ours)
+    assert_same_function(back, theirs)
+
+
+def test_dropout_after_a_single_layer_warns_only_once():
+    with pytest.warns(UserWarning, match="dropout option adds dropout"):
+        theirs = nn.LSTM(I, H, dropout=0.5)
+    assert LSTM.from_torch(theirs).to_torch().dropout == NovoLSTM.from_lstm(theirs).dropout == 0.5
+
+
+@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout_h", "zoneout_c"])
+def test_to_torch_refuses_what_nn_lstm_has_not(name):
+    with pytest.raises(ValueError, match=rf"{name}: expected 0, because nn\.LSTM has none, got 0\.25"):
+        LSTM(I, H, **{name: 0.25}).to_torch()
+
+
+@pytest.mark.parametrize("variant", ["formula", "notebook"])
+@pytest.mark.parametrize("options", SIZES)
+def test_from_lstm_starts_warm(options, variant):
+    theirs = frozen_in_part(nn.LSTM(I, H, **options))
+    ours = NovoLSTM.from_lstm(theirs, variant=variant, layer_norm="all", gate_gain="hidden")
+    assert [getattr(ours, name) for name in COPIED] == [getattr(theirs, name) for name in COPIED]
+    assert (ours.variant, ours.layer_norm, ours.gate_gain, ours.training) == (variant, "all", "hidden", False)
+    for name, parameter in ours.named_parameters():
+        assert parameter.dtype == theirs.weight_ih_l0.dtype
+        if name.startswith("ln_"):
+            assert torch.equal(parameter, torch.full_like(parameter, float("weight" in name)))
+            assert parameter.requires_grad
+            continue
+        source = theirs.get_parameter(name)
+        assert torch.equal(parameter[: source.shape[0]], source)
+        assert parameter.requires_grad == source.requires_grad
+        drawn = parameter[source.shape[0] :]
+        assert len(drawn) == (0 if "hr" in name or (variant == "notebook" and "hh" in name) else H)
+        assert (drawn.abs() <= H**-0.5).all()
+        assert len(drawn.unique()) == drawn.numel()
+
+
+def test_from_lstm_takes_the_options_of_our_own():
+    source = LSTM(I, H, recurrent_dropout=0.1, zoneout_c=0.2, backend="reference")
+    ours = NovoLSTM.from_lstm(source, zoneout_c=0.3)
+    assert (ours.recurrent_dropout, ours.zoneout_h, ours.zoneout_c, ours.backend) == (0.1, 0.0, 0.3, "reference")
+
+
+def test_subclasses_convert_to_themselves():
+    class Own(NovoLSTM):
+        pass
+
+    assert type(Own.from_lstm(nn.LSTM(I, H))) is Own
+
+
+class Doubled(nn.LSTM):
+    """Computes something else."""
+
+    def forward(self, *arguments):
+        y, state = super().forward(*arguments)
+        return 2 * y, state
+
+
+class Orthogonal(nn.LSTM):
+    """Only starts from other values."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.orthogonal_(self.weight_hh_l0)
+
+
+def pruned() -> nn.LSTM:
+    return prune.l1_unstructured(nn.LSTM(I, H), "weight_hh_l0", 0.5)
+
+
+def weight_normed() -> nn.LSTM:
+    return parametrizations.weight_norm(nn.LSTM(I, H), "weight_hh_l0")
+
+
+def hooked() -> nn.LSTM:
+    layer = nn.LSTM(I, H)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+def patched() -> nn.LSTM:
+    layer = nn.LSTM(I, H)
+    layer.forward = lambda x: x
+    return layer
+
+
+def extended() -> nn.LSTM:
+    layer = nn.LSTM(I, H)
+    layer.register_buffer("scale", torch.ones(1))
+    return layer
+
+
+def tied() -> nn.LSTM:
+    layer = nn.LSTM(H, H, num_layers=2)
+    layer.weight_hh_l1 = layer.weight_hh_l0
+    return layer
+
+
+@pytest.mark.parametrize("make", [pruned, weight_normed, extended], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("convert", [LSTM.from_torch, NovoLSTM.from_lstm], ids=["from_torch", "from_lstm"])
+def test_parameters_that_are_not_an_lstms(convert, make):
+    with pytest.raises(ValueError, match="expected the parameters of a plain LSTM"):
+        convert(make())
+
+
+def test_wrong_sources_and_options():
+    with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM, got GRU"):
+        LSTM.from_torch(nn.GRU(I, H))
+    with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM or LSTM, got NovoLSTM"):
+        NovoLSTM.from_lstm(NovoLSTM(I, H))
+    with pytest.raises(ValueError, match="got Doubled, which has forward of its own"):
+        LSTM.from_torch(Doubled(I, H))
+    with pytest.raises(TypeError, match="num_layers: expected no such option"):
+        NovoLSTM.from_lstm(nn.LSTM(I, H), num_layers=2)
+    with pytest.raises(TypeError, match="variant"):
+        LSTM.from_torch(nn.LSTM(I, H), variant="formula")
+
+
+class Tagger(nn.Module):
+    """Holds LSTMs in every way in which models hold them, and other recurrent layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(I, I), nn.LSTM(I, H, batch_first=True))
+        self.shared = nn.LSTM(H, H, batch_first=True)
+        self.again = self.shared
+        self.nested = nn.ModuleDict({"first": nn.ModuleList([nn.LSTM(H, H, num_layers=2, batch_first=True)])})
+        self.orthogonal = Orthogonal(H, H, batch_first=True)
+        self.gru = nn.GRU(H, H, batch_first=True)
+        self.cell = nn.LSTMCell(H, H)
+        self.absent = None
+
+    def forward(self, x):
+        y, _ = self.encoder(x)
+        for layer in (self.shared, self.again, self.nested["first"][0], self.orthogonal, self.gru):
+            y, _ = layer(y)
+        return self.cell(y[:, -1])[0]
+
+
+def tagger() -> Tagger:
+    torch.manual_seed(0)
+    return Tagger()
+
+
+PLACES = ["encoder.1", "shared", "again", "nested.first.0", "orthogonal"]
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_converted_model_computes_the_same(inplace):
+    model, x = tagger(), torch.randn(B, T, I)
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    parameters = list(model.parameters())
+    converted, report = convert_model(model, inplace=inplace)
+    assert (converted is model) == inplace
+    assert type(model.shared) is (LSTM if inplace else nn.LSTM)
+    assert [entry.path for entry in report.converted] == PLACES
+    assert all(type(converted.get_submodule(path)) is LSTM for path in PLACES)
+    assert converted.again is converted.shared
+    torch.testing.assert_close(converted(x), expected, rtol=0, atol=1e-5)
+    assert list(converted.state_dict()) == list(state)
+    # In place, an optimizer that was made before goes on working.
+    assert all((p is q) == inplace for p, q in zip(converted.parameters(), parameters, strict=True))
+
+
+def test_converted_model_trains_from_a_warm_start():
+    model, x = tagger(), torch.randn(B, T, I)
+    converted, report = convert_model(model, "novolstm", gate_gain="hidden", verbose=False)
+    assert [entry.path for entry in report.converted] == PLACES
+    assert converted.again is converted.shared
+    assert type(model.shared) is nn.LSTM
+    for path in PLACES:
+        layer = converted.get_submodule(path)
+        assert isinstance(layer, NovoLSTM)
+        assert layer.gate_gain == "hidden"
+        assert torch.equal(layer.weight_hh_l0[: 4 * H], model.get_submodule(path).weight_hh_l0)
+    converted(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in converted.parameters())
+
+
+def test_table_says_what_happened(capsys):
+    _, report = convert_model(tagger(), to="novolstm", variant="notebook")
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n"
+    header, *rows, total = printed.splitlines()
+    assert header.split() == ["module", "was", "is", "note"]
+    assert total == "converted 5, left alone 2"
+    layer = f"LSTM({H}, {H}, num_layers=2, batch_first=True)"
+    assert f"nested.first.0  {layer}" in printed
+    assert f"Novo{layer[:-1]}, variant='notebook')" in printed
+    assert [row.split()[0] for row in rows] == [*PLACES, "gru", "cell"]
+    assert rows[2].endswith("the same layer as shared")
+    assert rows[-2].split("left alone")[1].strip() == "no LSTM"
+    assert rows[-1].split("left alone")[1].strip() == "a cell, which takes single steps"
+    convert_model(tagger(), verbose=False)
+    assert capsys.readouterr().out == ""
+    assert str(convert_model(nn.Linear(1, 1), verbose=False)[1]) == "The model has no recurrent layer."
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_model_that_is_itself_an_lstm(inplace, capsys):
+    theirs = nn.LSTM(I, H)
+    ours, report = convert_model(theirs, inplace=inplace)
+    assert type(ours) is LSTM
+    assert [entry.path for entry in report.entries] == [""]
+    assert "(the model)" in capsys.readouterr().out
+    assert (ours.weight_ih_l0 is theirs.weight_ih_l0) == inplace
+    assert_same_function(ours, theirs)
+
+
+def test_our_own_layers_are_left_or_go_on_to_novolstm():
+    model = nn.ModuleList([LSTM(I, H), NovoLSTM(I, H)])
+    same, report = convert_model(model, "lstm", verbose=False)
+    assert [type(layer) for layer in same] == [LSTM, NovoLSTM]
+    assert [entry.note for entry in report.left] == ["is one already", "computes something else than an LSTM"]
+    further, report = convert_model(model, "novolstm", verbose=False)
+    assert [type(layer) for layer in further] == [NovoLSTM, NovoLSTM]
+    assert [entry.note for entry in report.left] == ["is one already"]
+
+
+@pytest.mark.parametrize("to", ["lstm", "novolstm"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(pruned, "weight_hh_l0 is parametrized, normalised or pruned, which would be lost", id="pruned"),
+        pytest.param(weight_normed, "weight_hh_l0 is parametrized, normalised or pruned", id="weight-norm"),
+        pytest.param(hooked, "has hooks, which would be lost", id="hook"),
+        pytest.param(patched, "a subclass with forward of its own", id="patched"),
+        pytest.param(extended, "has scale beside an LSTM's parameters", id="buffer"),
+        pytest.param(lambda: Doubled(I, H), "a subclass with forward of its own", id="subclass"),
+        pytest.param(lambda: torch.compile(nn.LSTM(I, H)), "is compiled: convert before torch.compile", id="compiled"),
+    ],
+)
+def test_layers_that_would_lose_something_are_left_alone(to, make, words):
+    model = nn.Sequential(make())
+    layer = model[0]
+    converted, report = convert_model(model, to, inplace=True, verbose=False)
+    assert converted[0] is layer
+    (entry,) = report.left
+    assert words in entry.note
+    assert not report.converted
+
+
+def test_tied_parameters_stay_tied():
+    ours, _ = convert_model(tied(), "lstm", verbose=False)
+    assert ours.weight_hh_l1 is ours.weight_hh_l0
+    _, report = convert_model(tied(), "novolstm", verbose=False)
+    assert report.left[0].note == "has a parameter under two names"
+    model = nn.ModuleList([nn.LSTM(I, H), nn.Linear(H, 4 * H)])
+    model[1].weight = model[0].weight_hh_l0
+    _, report = convert_model(model, "novolstm", verbose=False)
+    assert report.left[0].note == "has a parameter under two names"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        pytest.param((), dict(to="gru"), ValueError, r"to: expected one of \['lstm', 'novolstm'\], got 'gru'", id="to"),
+        pytest.param((), dict(variant="formula"), TypeError, "variant", id="option-of-the-other"),
+        pytest.param((), dict(num_layers=1), TypeError, "num_layers: expected no such option", id="size"),
+        pytest.param((), dict(to="novolstm", variant="paper"), ValueError, "variant: expected one of", id="value"),
+        pytest.param((), dict(zoneout_c=0.1), ValueError, "projected layer has no", id="of-one-layer"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(arguments, options, error, words):
+    model = nn.Sequential(nn.LSTM(I, H), nn.LSTM(I, H, proj_size=2))
+    before = list(model)
+    with pytest.raises(error, match=words):
+        convert_model(model, *arguments, inplace=True, verbose=False, **options)
+    assert all(now is then for now, then in zip(model, before, strict=True))
+
+
+def test_model_must_be_a_module():
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got dict"):
+        convert_model({}, "lstm")
+
+
+@pytest.fixture(scope="module")
+def encodec() -> nn.Module:
+    """Return a small audio codec with random weights, whose encoder and decoder each have two layers of LSTM."""
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers would take the checkout's folder `kernels` for the package of that name, which it can use.
+        patch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
+        from transformers import EncodecConfig, EncodecModel
+    torch.manual_seed(0)
+    sizes = dict(num_filters=4, hidden_size=16, upsampling_ratios=[4, 2], codebook_size=16, codebook_dim=16)
+    return EncodecModel(EncodecConfig(**sizes, sampling_rate=1600, target_bandwidths=[0.8, 1.6]))
+
+
+def test_encodec_computes_the_same(encodec):
+    model, audio = encodec, torch.randn(2, 1, 160)
+    converted, report = convert_model(model, "lstm", verbose=False)
+    assert [entry.path for entry in report.converted] == ["encoder.layers.7.lstm", "decoder.layers.1.lstm"]
+    assert not any(isinstance(module, nn.LSTM) for module in converted.modules())
+    with torch.no_grad():
+        code = model.encoder(audio)
+        torch.testing.assert_close(converted.encoder(audio), code, rtol=0, atol=1e-5)
+        torch.testing.assert_close(converted.decoder(code), model.decoder(code), rtol=0, atol=1e-5)
+
+
+def test_encodec_trains_from_a_warm_start(encodec):
+    model, report = convert_model(encodec, "novolstm", gate_gain="hidden", verbose=False)
+    audio = torch.randn(2, 1, 160)
+    layers = [model.get_submodule(entry.path) for entry in report.converted]
+    assert [type(layer) for layer in layers] == [NovoLSTM, NovoLSTM]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    # Around the quantiser, which has no gradient.
+    loss = nn.functional.mse_loss(model.decoder(model.encoder(audio)), audio)
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    for parameter, old in zip(parameters, before, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().max() > 0
+        assert not torch.equal(parameter, old)
