@@ -257,6 +257,7 @@ class RecurrentLayer(Recurrent):
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
         weight = self.weight_ih_l0
+        assert isinstance(weight, Tensor)
         if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -571,4 +572,4 @@ def detach_state(state: Any) -> Any:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
