@@ -1,6 +1,8 @@
-"""Makes a link of every name in backticks that begins with `novolstm_triton.`, in pages and in docstrings.
+"""What the site does to text that is written for the repository, too.
 
-A name that no page describes is a warning of the build, like any other broken reference.
+A name in backticks that begins with `novolstm_triton.` becomes a link, in pages and in docstrings; one that no page
+describes is a warning of the build, like any other broken reference. A link to a source file, which the site has not,
+becomes its text.
 """
 
 import re
@@ -8,6 +10,7 @@ import xml.etree.ElementTree as etree
 
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
+from markdown.treeprocessors import Treeprocessor
 from markdown.util import AtomicString
 from mkdocs.config.defaults import MkDocsConfig
 
@@ -19,13 +22,23 @@ class _Name(InlineProcessor):
         return reference, m.start(0), m.end(0)
 
 
-class _Names(Extension):
+class _SourceLinks(Treeprocessor):
+    def run(self, root: etree.Element) -> None:
+        for link in root.iter("a"):
+            if re.fullmatch(r"[\w./]+\.py", link.get("href", "")):
+                link.tag = "span"
+                del link.attrib["href"]
+
+
+class _RepositoryText(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         # Before the pattern of code spans, which has 190.
         md.inlinePatterns.register(_Name(r"(?<!`)`(novolstm_triton(?:\.\w+)+)`(?!`)", md), "names", 195)
+        # After the links are made, which has 20, and before MkDocs looks where they go, which has 0.
+        md.treeprocessors.register(_SourceLinks(md), "source_links", 10)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Add the extension to those that MkDocs and mkdocstrings convert text with."""
-    config.markdown_extensions.append(_Names())
+    config.markdown_extensions.append(_RepositoryText())
     return config
