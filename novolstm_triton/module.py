@@ -160,7 +160,8 @@ class RecurrentLayer(Recurrent):
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Take one time step: what `forward` does with a sequence of length one.
 
-        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole.
+        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole, but for
+        masks of dropout and zoneout in training, which every call draws anew.
 
         Args:
             input: [B, I], or [I] unbatched.
@@ -193,6 +194,10 @@ class RecurrentLayer(Recurrent):
     ) -> tuple[PackedSequence, State]:
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence has its own, expected None")
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export: no program knows the sizes of a PackedSequence: give padded input and lengths="
+            )
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
@@ -557,7 +562,8 @@ def detach_state(state: Any) -> Any:
     """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
 
     Args:
-        state: None, a tensor, or any nesting of tuples and lists of these, like the (h, c) that layers return.
+        state: None, a tensor, or any nesting of tuples, named or not, and lists of these, like the (h, c) that layers
+            return.
 
     Raises:
         TypeError: it holds something else.
@@ -567,7 +573,8 @@ def detach_state(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach()
     if isinstance(state, (tuple, list)):
-        return type(state)(detach_state(s) for s in state)
+        parts = [detach_state(s) for s in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
 
 

@@ -1,4 +1,4 @@
-"""Validation, choice of backend, operators and mixed precision of `functional.novolstm`."""
+"""Validation, choice of backend and mixed precision of `functional.novolstm`."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from novolstm_triton import functional, launch, plan, use_backend
+from novolstm_triton import launch, plan, use_backend
 from novolstm_triton.functional import novolstm, resolve_backend
 
 from .cooperative import cooperative
@@ -126,21 +126,6 @@ def test_backward_inside_autocast_keeps_its_precision(backend):
                 y.sum().backward()
         gradients.append([a.grad for a in given.values()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 1], dtype=torch.int32)], ids=["full", "lengths"])
-def test_operators_pass_opcheck(backend, lengths):
-    with cooperative():
-        given = tuple(arguments().values())
-        options = (1e-5, 1.0, 0.0, 0.0, "formula", False, backend, 2)
-        extras = (lengths, None, None)
-        torch.library.opcheck(functional.forward_op, (*given, *extras, *options))
-        y, h_n, c_n, c_border = functional.forward_op(*given, *extras, *options)
-        grads = (torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n))
-        for needs in ([True] * 8, [True, False] * 4):
-            everything = (*grads, *given, *extras, y, c_border, *options, needs)
-            torch.library.opcheck(functional.backward_op, everything)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
