@@ -56,8 +56,7 @@ class RecurrentLayer(Recurrent):
         backend: str,
     ) -> None:
         # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
-        if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
-            num_layers = int(num_layers)
+        num_layers, proj_size = _plain_int(num_layers), _plain_int(proj_size)
         if not _is_share(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -576,6 +575,11 @@ def detach_state(state: Any) -> Any:
         parts = [detach_state(s) for s in state]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
+
+
+def _plain_int(value: Any) -> Any:
+    """Return an integer of whatever kind, like numpy's, as an int; all else as it is."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _is_share(value: Any) -> bool:
