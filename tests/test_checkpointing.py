@@ -81,7 +81,9 @@ def test_checkpoint_on_triton(kind, use_reentrant):
     module, x = layer(kind, recurrent_dropout=0.3, zoneout_h=0.2), sequence(requires_grad=True)
     with running_on("triton"):
         expected = gradients(module, x, loss_of(module))
-        assert_same(gradients(module, x, lambda x: checkpoint(loss_of(module), x, use_reentrant=use_reentrant)), expected)
+        assert_same(
+            gradients(module, x, lambda x: checkpoint(loss_of(module), x, use_reentrant=use_reentrant)), expected
+        )
 
 
 @both
