@@ -106,7 +106,7 @@ def test_other_dtypes_are_refused_outside_only():
     module = layer(LSTM)
     with torch.autocast("cpu", torch.bfloat16):
         module(sequence().half())
-    with pytest.raises(ValueError, match="RNN input dtype .* does not match weight dtype"):
+    with pytest.raises(ValueError, match=r"RNN input dtype .* does not match weight dtype"):
         module(sequence().half())
 
 

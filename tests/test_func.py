@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.func import stack_module_state
+from torch.func import (
+    functional_call,
+    grad,
+    grad_and_value,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.utils._pytree import tree_leaves
 
 from .layers import REGULARISED, B, H, T, both, layer, sequence
