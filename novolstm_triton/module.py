@@ -194,9 +194,7 @@ class RecurrentLayer(Recurrent):
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence has its own, expected None")
         if torch.compiler.is_exporting():
-            raise ValueError(
-                "torch.export: no program knows the sizes of a PackedSequence: give padded input and lengths="
-            )
+            raise ValueError("torch.export: a PackedSequence has sizes of its own: give padded input and lengths=")
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
