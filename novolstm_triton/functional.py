@@ -311,7 +311,7 @@ def _run(
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
     # In torch.jit.trace sizes are tensors; there the chunk is that of the tracing.
-    *rows, hidden = map(int, h_0.shape) if torch.jit.is_tracing() else h_0.shape
+    *rows, hidden = map(int, h_0.shape) if _is_jit_tracing() else h_0.shape
     gates = len(CELLS[options.cell].gates)
     chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
     y, h_n, c_n, _ = _call_forward(*arguments, *extras, *options, backend, chunk)
@@ -483,7 +483,11 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
             return _layer(inputs, None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
 
-        first, pull = torch.func.vjp(lambda *given: torch.func.vjp(layer, *given[3:])[1](given[:3]), *floating)
+        def gradients(*given: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(layer, *given[3:])[1](given[:3])
+
+        transformed: Any = torch.func.vjp(gradients, *floating)
+        first, pull = transformed
         pairs = zip(first, grads, ctx.needs, strict=True)
         second = pull(tuple(torch.zeros_like(g) if d is None or not needed else d for g, d, needed in pairs))
         return *second, *[None] * (ctx.inputs - len(floating))
@@ -580,7 +584,11 @@ def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _is_traced() -> bool:
     """Return whether torch.compile, torch.export or torch.jit.trace records this call."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or _is_jit_tracing()
+
+
+def _is_jit_tracing() -> bool:
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _in_transform() -> bool:

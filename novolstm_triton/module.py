@@ -258,7 +258,8 @@ class RecurrentLayer(Recurrent):
 
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
-        weight = self.weight_ih_l0
+        # nn.Module declares its attributes as modules, too.
+        weight: Any = self.weight_ih_l0
         if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -573,4 +574,4 @@ def detach_state(state: Any) -> Any:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value <= 1
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from novolstm_triton import LSTM, NovoLSTM
@@ -93,14 +93,15 @@ CASES = [(kind, name) for kind in (NovoLSTM, LSTM) for name in ("ddp", "fsdp", "
 def folder(tmp_path_factory):
     """Return the folder with the results of two processes, which run all cases one after the other."""
     path = tmp_path_factory.mktemp("distributed")
-    processes = torch.multiprocessing.spawn(work, (str(path),), nprocs=WORLD, join=False)
+    processes = start_processes(work, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
+    assert processes is not None
     end = time.monotonic() + LIMIT_S
     try:
         while not processes.join(timeout=1):
             assert time.monotonic() < end, f"two processes did not end in {LIMIT_S} s"
     finally:
         for process in processes.processes:
-            if process.is_alive():
+            if process is not None:
                 process.kill()
     return path
 

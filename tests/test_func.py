@@ -1,5 +1,7 @@
 """The layers inside the transforms of torch.func, against the reference backend and against loops."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.func import (
@@ -22,7 +24,7 @@ from .twins import running_on
 # PyTorch makes its own derivatives of forward mode with what this warning forbids.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
-F64 = dict(dtype=torch.float64)
+F64: dict[str, Any] = dict(dtype=torch.float64)
 
 
 def pair(kind, **options):
