@@ -15,13 +15,16 @@ from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
 TARGETS = ("lstm", "novolstm")
 """What `convert_model` can make of an LSTM."""
 
+_NOTES = {"lstm": "same function", "novolstm": "warm start: i, f, g, o copied, p and norms new"}
+
 _SIZES = ("num_layers", "bias", "batch_first", "bidirectional", "proj_size")
 _FIXED = ("input_size", "hidden_size", *_SIZES, "dropout", "device", "dtype")
 _REGULARISERS = ("recurrent_dropout", "zoneout_h", "zoneout_c")
 
-# What a subclass may define and still compute what its base computes.
-_HARMLESS = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__firstlineno__"}
-_HARMLESS |= {"__static_attributes__", "__parameters__", "__orig_bases__", "reset_parameters", "extra_repr"}
+_HARMLESS = {"reset_parameters", "extra_repr"}
+"""What a subclass may define and still compute what its base computes, beside names like __init__."""
+_CALLS = {"__call__", "__getattr__", "__getattribute__"}
+"""Names like __init__ that it may not define."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS += ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -33,10 +36,10 @@ def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]
     """Do what `LSTM.from_torch` says."""
     _check_source(source, (nn.LSTM,), "nn.LSTM")
     check_fixed(options, _FIXED, "the nn.LSTM")
+    weights = _weights(source)
     if own := _own_code(source):
         raise ValueError(f"lstm: expected an nn.LSTM, got {type(source).__name__}, which has {own} of its own")
-    target = _empty(cls, source, options)
-    return _finished(target, source, _copies(_weights(source)))
+    return _finished(_empty(cls, source, options), source, _copies(weights))
 
 
 def lstm_to_torch(source: LSTM) -> nn.LSTM:
@@ -112,7 +115,7 @@ class Report:
 
 def convert_model(
     model: nn.Module, to: str = "lstm", *, inplace: bool = False, verbose: bool = True, **options: Any
-) -> tuple[nn.Module, Report]:
+) -> tuple[Any, Report]:
     """Replace every `nn.LSTM` of a model by this library's layers, and print what became of each.
 
     With to="lstm" each becomes an `LSTM` with the same parameters: the model computes what it did, has the same
@@ -120,12 +123,14 @@ def convert_model(
     to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model then
     computes something else and wants training, with an optimizer made for its new parameters.
 
-    A layer that the model uses in several places remains one. Left alone, and listed with the reason, are: subclasses
-    of nn.LSTM that define more than a constructor; layers with parametrizations, weight normalisation or pruning, or
-    with hooks, all of which would be lost; layers that are compiled themselves or inside DistributedDataParallel;
-    with to="novolstm" those with a parameter that has a second name, in them or elsewhere, because the new one has
-    another shape. Cells
-    (`nn.LSTMCell`) and other recurrent layers are listed and left alone.
+    A layer that the model uses in several places remains one. Listed with the reason and left alone are:
+
+    - subclasses of nn.LSTM that define more than a constructor and initial values;
+    - layers with parametrizations, weight normalisation, pruning or hooks, all of which would be lost;
+    - layers that are compiled themselves or are inside DistributedDataParallel;
+    - with to="novolstm", layers with a parameter that has a second name, in them or elsewhere in the model, because
+      the new one has another shape;
+    - cells, such as nn.LSTMCell, and other recurrent layers.
 
     Args:
         model: any module, which may be an nn.LSTM itself.
@@ -154,24 +159,23 @@ def convert_model(
     model = model if inplace else copy.deepcopy(model)
 
     # All new layers are made before the first is put in place: an error leaves the model as it was.
-    users, new, paths = _parameter_users(model), {}, {}
-    entries, swaps = [], []
+    users, entries, swaps = _parameter_users(model), [], []
+    first: dict[int, Entry] = {}
+    new: dict[int, LSTM | NovoLSTM] = {}
     for place in _places(model):
-        old, shown = place.module, _described(place.module)
-        if id(old) in paths:
-            result = _described(new[id(old)]) if id(old) in new else None
-            entries.append(Entry(place.path, shown, result, f"the same layer as {paths[id(old)] or '(the model)'}"))
+        old, key = place.module, id(place.module)
+        if key in first:
+            note = f"the same layer as {first[key].path or '(the model)'}"
+            entries.append(dataclasses.replace(first[key], path=place.path, note=note))
         else:
-            paths[id(old)] = place.path
-            reason = _reason(place, to, users)
+            reason, result = _reason(place, to, users), None
             if reason is None:
-                new[id(old)] = _replacement(old, to, options)
-                note = "same function" if to == "lstm" else "warm start: i, f, g, o copied, p and norms new"
-                entries.append(Entry(place.path, shown, _described(new[id(old)]), note))
-            else:
-                entries.append(Entry(place.path, shown, None, reason))
-        if id(old) in new:
-            swaps.append((place, new[id(old)]))
+                new[key] = _replacement(old, to, options)
+                result = _described(new[key])
+            first[key] = Entry(place.path, _described(old), result, reason or _NOTES[to])
+            entries.append(first[key])
+        if key in new:
+            swaps.append((place, new[key]))
     for place, layer in swaps:
         if place.parent is None:
             model = layer
@@ -274,7 +278,7 @@ def _own_code(module: nn.Module) -> str:
     for cls in type(module).__mro__:
         if cls in bases:
             break
-        own |= vars(cls).keys() - _HARMLESS
+        own |= {name for name in vars(cls) if name in _CALLS or not (name.startswith("__") or name in _HARMLESS)}
     return ", ".join(sorted(own))
 
 
@@ -330,5 +334,6 @@ def _finished(target: L, source: Any, parameters: Mapping[str, nn.Parameter]) ->
 
 
 def _described(module: nn.Module) -> str:
-    """Return a layer's constructor call in one line."""
-    return f"{type(module).__name__}({module.extra_repr()})"
+    """Return a layer's constructor call in one line, PyTorch's own as "nn."."""
+    prefix = "nn." if type(module).__module__.startswith("torch.") else ""
+    return f"{prefix}{type(module).__name__}({module.extra_repr()})"

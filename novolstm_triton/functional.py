@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from novolstm_triton import reference
+from novolstm_triton import onnx_export, reference
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.plan import Pins, chunk_steps, constant_in_graphs, in_force, pinned
 
@@ -304,9 +304,11 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one direction, or both if the backend takes both at once, with everything checked."""
     x, h_0 = arguments[:2]
+    everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
+    if onnx_export.is_exporting():
+        return onnx_export.layer(*everything, **options._asdict())
     # No row, nothing to launch: the loop has the shapes right.
     if backend == "reference" or x.shape[1] == 0:
-        everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
         return reference.layer(*everything, **options._asdict())
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
@@ -483,11 +485,7 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
             return _layer(inputs, None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
 
-        def gradients(*given: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(layer, *given[3:])[1](given[:3])
-
-        transformed: Any = torch.func.vjp(gradients, *floating)
-        first, pull = transformed
+        first, pull, *_ = torch.func.vjp(lambda *given: torch.func.vjp(layer, *given[3:])[1](given[:3]), *floating)
         pairs = zip(first, grads, ctx.needs, strict=True)
         second = pull(tuple(torch.zeros_like(g) if d is None or not needed else d for g, d, needed in pairs))
         return *second, *[None] * (ctx.inputs - len(floating))

@@ -56,8 +56,7 @@ class RecurrentLayer(Recurrent):
         backend: str,
     ) -> None:
         # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
-        if isinstance(num_layers, numbers.Integral) and not isinstance(num_layers, bool):
-            num_layers = int(num_layers)
+        num_layers, proj_size = _plain_int(num_layers), _plain_int(proj_size)
         if not _is_share(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -160,7 +159,8 @@ class RecurrentLayer(Recurrent):
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Take one time step: what `forward` does with a sequence of length one.
 
-        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole.
+        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole, but for
+        masks of dropout and zoneout in training, which every call draws anew.
 
         Args:
             input: [B, I], or [I] unbatched.
@@ -194,7 +194,9 @@ class RecurrentLayer(Recurrent):
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence has its own, expected None")
         if torch.compiler.is_exporting():
-            raise ValueError("torch.export: a PackedSequence has sizes of its own: give padded input and lengths=")
+            raise ValueError(
+                "torch.export: no program knows the sizes of a PackedSequence: give padded input and lengths="
+            )
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
@@ -258,8 +260,8 @@ class RecurrentLayer(Recurrent):
 
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
-        # nn.Module declares its attributes as modules, too.
-        weight: Any = self.weight_ih_l0
+        weight = self.weight_ih_l0
+        assert isinstance(weight, Tensor)
         if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -559,7 +561,8 @@ def detach_state(state: Any) -> Any:
     """Return a state without its history, for training on parts of a sequence (truncated backpropagation).
 
     Args:
-        state: None, a tensor, or any nesting of tuples and lists of these, like the (h, c) that layers return.
+        state: None, a tensor, or any nesting of tuples, named or not, and lists of these, like the (h, c) that layers
+            return.
 
     Raises:
         TypeError: it holds something else.
@@ -569,8 +572,14 @@ def detach_state(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach()
     if isinstance(state, (tuple, list)):
-        return type(state)(detach_state(s) for s in state)
+        parts = [detach_state(s) for s in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     raise TypeError(f"detach_state: expected tensors in tuples or lists, got {type(state).__name__}")
+
+
+def _plain_int(value: Any) -> Any:
+    """Return an integer of whatever kind, like numpy's, as an int; all else as it is."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def _is_share(value: Any) -> bool:

@@ -119,7 +119,8 @@ def parameter_shapes(
 
 def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
     """Return the parameters with a suffix, the two biases added, as the functions' keyword arguments."""
-    weights = {name: getattr(module, name + suffix) for name in PARAMETERS if hasattr(module, name + suffix)}
+    # Read once: a parametrization computes the weight, or draws it, at every look.
+    weights = {name: w for name in PARAMETERS if (w := getattr(module, name + suffix, None)) is not None}
     bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
     if bias is not None and recurrent is not None:
         missing = bias.shape[0] - recurrent.shape[0]

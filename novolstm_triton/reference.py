@@ -1,5 +1,8 @@
 """The equations of every cell as a plain PyTorch loop: the definition that every other backend is tested against."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -24,7 +27,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Return h and c after one step.
 
-    With z_k = x W_kᵀ + h U_kᵀ + b_k for each gate k of i|f|g|o|p, and LN the layer normalisation over the H units::
+    With z_k = x W_kᵀ + h U_kᵀ + b_k for each gate k of i|f|g|o|p, and LN the layer normalisation over the H units:
 
         formula:   i = gain · LN(σ(z_i)) · softmax(z_p)
         notebook:  i = gain · LN(σ(z_i) · softmax(x W_pᵀ + b_p))
@@ -53,6 +56,44 @@ def step(
     c = torch.sigmoid(z[1]) * c + i * torch.tanh(z[2])
     h = torch.sigmoid(z[3]) * torch.tanh(c)
     return (h if weight_hr is None else h @ weight_hr.t()), c
+
+
+def advance(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    valid: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
+    weights: Sequence[Any],
+    *,
+    zoneout_h: float,
+    zoneout_c: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, h and c after one step of `layer`, whose other arguments, at this step, these are.
+
+    Args:
+        x: [B, I] input.
+        h: [B, P] hidden state.
+        c: [B, H] cell state.
+        valid: [B, 1] bool, whether the row has this step; None: all have.
+        h_mask: [B, P], or None.
+        kept: [B, P] uint8, or None.
+        weights: those of `step`, in its order.
+        zoneout_h: share of h that is kept.
+        zoneout_c: share of c that is kept.
+        **options: those of `step`.
+    """
+    h_next, c_next = step(x, h if h_mask is None else h * h_mask, c, *weights, **options)
+    if kept is not None:
+        h_next, c_next = torch.where(kept & 1 != 0, h, h_next), torch.where(kept & 2 != 0, c, c_next)
+    elif zoneout_h or zoneout_c:
+        h_next, c_next = torch.lerp(h_next, h, zoneout_h), torch.lerp(c_next, c, zoneout_c)
+    if valid is None:
+        return h_next, h_next, c_next
+    y = torch.where(valid, h_next, torch.zeros_like(h_next))
+    return y, torch.where(valid, h_next, h), torch.where(valid, c_next, c)
 
 
 def layer(
@@ -108,19 +149,11 @@ def layer(
         y [T, B, P], h_n [B, P], c_n [B, H].
     """
     weights = (weight_ih, weight_hh, bias, ln_weight, ln_bias, weight_hr)
+    options: dict[str, Any] = dict(zoneout_h=zoneout_h, zoneout_c=zoneout_c)
+    options |= dict(eps=eps, gate_gain=gate_gain, cell=cell)
     h, c = h_0, c_0
     y = [h_0] * x.shape[0]
     for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
-        h_seen = h if h_mask is None else h * h_mask
-        h_next, c_next = step(x[t], h_seen, c, *weights, eps=eps, gate_gain=gate_gain, cell=cell)
-        if kept is not None:
-            h_next, c_next = torch.where(kept[t] & 1 != 0, h, h_next), torch.where(kept[t] & 2 != 0, c, c_next)
-        elif zoneout_h or zoneout_c:
-            h_next, c_next = torch.lerp(h_next, h, zoneout_h), torch.lerp(c_next, c, zoneout_c)
-        if lengths is None:
-            h, c, y[t] = h_next, c_next, h_next
-        else:
-            valid = (t < lengths).unsqueeze(1)
-            h, c = torch.where(valid, h_next, h), torch.where(valid, c_next, c)
-            y[t] = torch.where(valid, h_next, torch.zeros_like(h_next))
+        valid = None if lengths is None else (t < lengths).unsqueeze(1)
+        y[t], h, c = advance(x[t], h, c, valid, h_mask, None if kept is None else kept[t], weights, **options)
     return torch.stack(y), h, c

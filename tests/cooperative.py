@@ -31,6 +31,7 @@ from triton.runtime import interpreter
 
 from .happens_before import ATOMIC_READ, ATOMIC_WRITE, READ, WRITE, DataRace, GridError, Memory, OutOfBounds, Sites
 from .interpreter_repairs import REPAIRS, generic_reduce
+from .interpreter_speed import faster
 from .schedules import POLICIES, Program
 
 __all__ = [
@@ -356,6 +357,7 @@ def cooperative(
     check_races: bool = True,
     exempt: Iterable[str | torch.Tensor] = (),
     poison: bool = False,
+    check_overflow: bool = False,
 ) -> Iterator[Report]:
     """Runs the programs of every grid launched inside side by side.
 
@@ -365,6 +367,7 @@ def cooperative(
         check_races: whether to check that accesses of different programs are ordered.
         exempt: tensors, or names of kernel arguments, whose volatile loads need no order (see `happens_before.Memory`).
         poison: whether allocations inside come back full of NaN (see `poisoned_allocations`).
+        check_overflow: whether sums and products of 32-bit integers that overflow raise; takes half as long again.
 
     Yields:
         The counts, complete once the block ends.
@@ -386,6 +389,7 @@ def cooperative(
     with contextlib.ExitStack() as stack:
         if poison:
             stack.enter_context(poisoned_allocations())
+        stack.enter_context(faster(check_overflow))
 
         def launch(executor, *args, **kwargs):
             return session.launch(call, executor, *args, **kwargs)

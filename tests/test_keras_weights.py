@@ -118,9 +118,10 @@ def test_to_keras_returns_copies_also_of_16_bits():
     kernel = layer.to_keras()[0]
     assert kernel.dtype == np.float32
     layer = LSTM(I, H)
-    before = layer.weight_ih_l0.detach().clone()
+    weight = layer.get_parameter("weight_ih_l0")
+    before = weight.detach().clone()
     layer.to_keras()[0][:] = 0
-    assert torch.equal(layer.weight_ih_l0, before)
+    assert torch.equal(weight, before)
 
 
 def test_to_keras_warns_of_another_eps():

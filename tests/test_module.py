@@ -1,57 +1,61 @@
-"""NovoLSTM as a module: nn.LSTM's constructor, call, shapes and error texts."""
+"""Layers as modules: their parameters and their options.
 
-import copy
+What they compute is in `test_matrix.py` and `test_module_calls.py`, what becomes of their weights in
+`test_module_weights.py`, what they refuse in `test_module_errors.py`.
+"""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from novolstm_triton import NovoLSTM
-from novolstm_triton.functional import novolstm
+from novolstm_triton import LSTM, NovoLSTM, regularisers
 
-T, B, I, H = 5, 3, 4, 6
+from .layers import B, H, I, T, both, layer, sequence
+from .twins import NO_ONEDNN, differentiate
 
-
-def layer(**options) -> NovoLSTM:
-    torch.manual_seed(0)
-    return NovoLSTM(I, H, **options)
+pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one-way", "bidirectional"])
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("batch_first", [False, True], ids=["T-first", "B-first"])
-@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("variant", ["formula", "notebook"])
-def test_shapes_are_those_of_nn_lstm(layers, bidirectional, batch_first, batched, variant):
-    options = dict(num_layers=layers, bidirectional=bidirectional, batch_first=batch_first)
-    x = torch.randn(*((B, T, I) if batch_first else (T, B, I)) if batched else (T, I))
-    y, (h, c) = layer(variant=variant, **options)(x)
-    expected_y, (expected_h, expected_c) = nn.LSTM(I, H, **options)(x)
-    assert (y.shape, h.shape, c.shape) == (expected_y.shape, expected_h.shape, expected_c.shape)
+@pytest.mark.parametrize("proj_size", [0, 2])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_lstm_starts_as_nn_lstm(bias, proj_size, bidirectional):
+    options = dict(num_layers=2, bias=bias, proj_size=proj_size, bidirectional=bidirectional)
+    ours = layer(LSTM, **options)
+    torch.manual_seed(0)
+    theirs = nn.LSTM(I, H, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameters_carry_the_names_of_nn_lstm(bias):
-    options = dict(num_layers=2, bidirectional=True, bias=bias)
-    ours, theirs = layer(**options).state_dict(), nn.LSTM(I, H, **options).state_dict()
-    added = {name for name in ours if name.startswith("ln_")}
-    assert set(ours) - added == set(theirs)
-    assert len(added) == 8
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_parameters_of_novolstm_carry_the_names_of_nn_lstm(bias):
+    options = dict(num_layers=2, bidirectional=True, bias=bias, proj_size=2)
+    ours, theirs = NovoLSTM(I, H, **options).state_dict(), nn.LSTM(I, H, **options).state_dict()
+    assert [name for name in ours if not name.startswith("ln_")] == list(theirs)
+    assert sum(name.startswith("ln_") for name in ours) == 8
     for name, tensor in theirs.items():
-        assert ours[name].shape == (5 * H, *tensor.shape[1:])
+        rows = 2 if name.startswith("weight_hr") else 5 * H
+        assert ours[name].shape == (rows, *tensor.shape[1:])
 
 
-def test_notebook_has_no_recurrent_softmax_block():
-    state = layer(variant="notebook").state_dict()
-    assert state["weight_ih_l0"].shape == (5 * H, I)
-    assert state["weight_hh_l0"].shape == (4 * H, H)
-    assert state["bias_hh_l0"].shape == (4 * H,)
+@pytest.mark.parametrize(("layer_norm", "blocks"), [("input_gate", 1), ("all", 4)])
+def test_softmax_of_the_notebook_has_no_recurrent_block(layer_norm, blocks):
+    parameters = NovoLSTM(I, H, variant="notebook", layer_norm=layer_norm).named_parameters()
+    assert {name: tuple(p.shape) for name, p in parameters} == {
+        "weight_ih_l0": (5 * H, I),
+        "weight_hh_l0": (4 * H, H),
+        "bias_ih_l0": (5 * H,),
+        "bias_hh_l0": (4 * H,),
+        "ln_weight_l0": (blocks * H,),
+        "ln_bias_l0": (blocks * H,),
+    }
 
 
 def test_initialisation_is_that_of_nn_lstm_with_an_identity_norm():
-    big = NovoLSTM(64, 64)
     bound = 1 / 8
-    for name, parameter in big.named_parameters():
+    for name, parameter in NovoLSTM(64, 64).named_parameters():
         if name.startswith("ln_weight"):
             assert (parameter == 1).all()
         elif name.startswith("ln_bias"):
@@ -61,143 +65,82 @@ def test_initialisation_is_that_of_nn_lstm_with_an_identity_norm():
             assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
-def test_layers_and_directions_are_the_functional_layer_composed():
-    module = layer(num_layers=2, bidirectional=True)
-    x, h_0, c_0 = torch.randn(T, B, I), torch.randn(4, B, H), torch.randn(4, B, H)
-    lengths = torch.tensor([5, 2, 0])
-    y, (h_n, c_n) = module(x, (h_0, c_0), lengths=lengths)
-    outputs, k = x, 0
-    for number in range(2):
-        results = []
-        for suffix in (f"_l{number}", f"_l{number}_reverse"):
-            p = {
-                name: module.get_parameter(name + suffix) for name in ("weight_ih", "weight_hh", "ln_weight", "ln_bias")
-            }
-            bias = module.get_parameter("bias_ih" + suffix) + module.get_parameter("bias_hh" + suffix)
-            options = dict(bias=bias, lengths=lengths, reverse="reverse" in suffix)
-            results.append(novolstm(outputs, h_0[k], c_0[k], **p, **options, backend="reference"))
-            torch.testing.assert_close(h_n[k], results[-1][1])
-            torch.testing.assert_close(c_n[k], results[-1][2])
-            k += 1
-        outputs = torch.cat([r[0] for r in results], -1)
-    torch.testing.assert_close(y, outputs)
-    assert (y[2:, 1] == 0).all()
-    assert torch.equal(h_n[:, 2], h_0[:, 2])
+@both
+def test_all_weights_are_listed_as_in_nn_lstm(kind):
+    options = dict(num_layers=2, bidirectional=True, proj_size=2)
+    ours, theirs = layer(kind, **options), nn.LSTM(I, H, **options)
+    names = {id(p): name for owner in (ours, theirs) for name, p in owner.named_parameters()}
+    listed, expected = ([[names[id(p)] for p in weights] for weights in owner.all_weights] for owner in (ours, theirs))
+    assert [[name for name in weights if not name.startswith("ln_")] for weights in listed] == expected
+    assert sorted(name for weights in listed for name in weights) == sorted(ours.state_dict())
 
 
-def test_batch_first_and_unbatched_give_the_numbers_of_the_plain_call():
-    module, x = layer(), torch.randn(T, B, I)
-    y, (h, _) = module(x)
-    module.batch_first = True
-    torch.testing.assert_close(module(x.transpose(0, 1))[0], y.transpose(0, 1))
-    single, (h_1, _) = module(x[:, 1])
-    torch.testing.assert_close(single, y[:, 1])
-    torch.testing.assert_close(h_1, h[:, 1])
+@both
+def test_flatten_parameters_changes_nothing(kind):
+    module, x = layer(kind), sequence()
+    before = module(x)[0]
+    module.flatten_parameters()
+    assert torch.equal(module(x)[0], before)
 
 
-def test_state_is_carried():
-    module, x = layer(num_layers=2), torch.randn(T, B, I)
-    whole, final = module(x)
-    first, state = module(x[:2])
-    second, last = module(x[2:], state)
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-    torch.testing.assert_close(last, final)
-
-
-def test_gate_gain_hidden_means_the_number_of_units():
-    x = torch.randn(T, B, I)
-    assert torch.equal(layer(gate_gain="hidden")(x)[0], layer(gate_gain=float(H))(x)[0])
-    assert not torch.equal(layer()(x)[0], layer(gate_gain="hidden")(x)[0])
-
-
-def test_dropout_lies_between_layers_and_only_in_training():
-    module, x = layer(num_layers=2, dropout=0.5), torch.randn(T, B, I)
-    plain = layer(num_layers=2)
-    assert not torch.equal(module(x)[0], module(x)[0])
-    # The first layer's state is before any dropout.
-    torch.testing.assert_close(module(x)[1][0][0], plain(x)[1][0][0])
-    torch.testing.assert_close(module.eval()(x)[0], plain(x)[0])
-    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last"):
-        layer(dropout=0.5)
-
-
-def test_backward_works_in_eval_mode():
-    module = layer().eval()
-    module(torch.randn(T, B, I))[0].sum().backward()
-    assert all(p.grad is not None for p in module.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-def test_dtype(dtype):
-    y, (h, c) = layer(dtype=dtype)(torch.randn(T, B, I, dtype=dtype))
-    assert {y.dtype, h.dtype, c.dtype} == {dtype}
-
-
-def test_copies_and_state_dicts_give_equal_outputs():
-    module, x = layer(num_layers=2), torch.randn(T, B, I)
-    other = NovoLSTM(I, H, num_layers=2)
-    other.load_state_dict(module.state_dict())
-    for twin in (other, copy.deepcopy(module)):
-        assert torch.equal(twin(x)[0], module(x)[0])
+@both
+def test_numpy_numbers_are_taken_where_nn_lstm_takes_them(kind):
+    options = dict(num_layers=np.int64(2), proj_size=np.int32(2), dropout=np.float32(0.5))
+    ours, theirs = kind(I, H, **options), nn.LSTM(I, H, **options)
+    assert repr(ours) == repr(theirs).replace("LSTM", kind.__name__)
+    assert [type(value) for value in (ours.num_layers, ours.proj_size, ours.dropout)] == [int, int, float]
 
 
 def test_repr_shows_what_is_not_default():
-    assert repr(layer()) == f"NovoLSTM({I}, {H})"
-    shown = repr(layer(num_layers=2, variant="notebook", gate_gain="hidden"))
-    assert shown == f"NovoLSTM({I}, {H}, num_layers=2, variant='notebook', gate_gain='hidden')"
+    assert repr(NovoLSTM(I, H)) == f"NovoLSTM({I}, {H})"
+    shown = repr(NovoLSTM(I, H, num_layers=2, variant="notebook", gate_gain="hidden", zoneout_c=0.25))
+    assert shown == f"NovoLSTM({I}, {H}, num_layers=2, zoneout_c=0.25, variant='notebook', gate_gain='hidden')"
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        pytest.param(dict(num_layers=0), ValueError, id="layers"),
-        pytest.param(dict(num_layers=1.5), TypeError, id="layers-type"),
-        pytest.param(dict(bias=1), TypeError, id="bias"),
-        pytest.param(dict(batch_first=None), TypeError, id="batch_first"),
-        pytest.param(dict(dropout=1.5), ValueError, id="dropout"),
-        pytest.param(dict(dropout=True), ValueError, id="dropout-bool"),
-        pytest.param(dict(proj_size=H), ValueError, id="proj_size"),
-        pytest.param(dict(variant="paper"), ValueError, id="variant"),
-        pytest.param(dict(backend="cuda"), ValueError, id="backend"),
-        pytest.param(dict(gate_gain="large"), ValueError, id="gate_gain"),
-    ],
-)
-def test_bad_constructor_arguments(options, error):
-    with pytest.raises(error):
-        layer(**options)
+def test_gate_gain_hidden_means_the_number_of_units():
+    hidden, number, plain = (layer(NovoLSTM, gate_gain=gain)(sequence())[0] for gain in ("hidden", float(H), 1.0))
+    assert torch.equal(hidden, number)
+    assert not torch.equal(hidden, plain)
 
 
-def test_bad_sizes_are_refused_in_the_words_of_nn_lstm():
-    for sizes in ((0, H), (I, 0), (I, -1)):
-        with pytest.raises(ValueError, match="must be greater than zero"):
-            NovoLSTM(*sizes)
+@both
+def test_dropout_lies_between_layers_and_only_in_training(kind):
+    dropping, plain, x = layer(kind, num_layers=2, dropout=0.5), layer(kind, num_layers=2), sequence()
+    assert not torch.equal(dropping(x)[0], dropping(x)[0])
+    # The first layer's state is before any dropout.
+    torch.testing.assert_close(dropping(x)[1][0][0], plain(x)[1][0][0])
+    torch.testing.assert_close(dropping.eval()(x)[0], plain(x)[0])
 
 
-@pytest.mark.parametrize(
-    ("x", "state"),
-    [
-        pytest.param((T, B, I + 1), None, id="features"),
-        pytest.param((T, B, I, 1), None, id="rank"),
-        pytest.param((T, B, I), ((1, B, H + 1), (1, B, H)), id="h-size"),
-        pytest.param((T, B, I), ((1, B, H), (2, B, H)), id="c-layers"),
-        pytest.param((T, B, I), ((B, H), (B, H)), id="state-rank"),
-        pytest.param((T, I), ((1, B, H), (1, B, H)), id="unbatched-state-rank"),
-    ],
-)
-def test_bad_calls_raise_what_nn_lstm_raises(x, state):
-    x, state = torch.zeros(x), state and tuple(torch.zeros(s) for s in state)
-    with pytest.raises((RuntimeError, ValueError)) as theirs:
-        nn.LSTM(I, H)(x, state)
-    with pytest.raises(theirs.type) as ours:
-        layer()(x, state)
-    assert str(ours.value).replace("NovoLSTM", "LSTM") == str(theirs.value)
+@both
+def test_dropout_of_everything_leaves_the_second_layer_its_bias(kind):
+    module, x = layer(kind, num_layers=2, dropout=1), sequence()
+    results = differentiate(module, x)
+    torch.testing.assert_close(results["y"], module(torch.zeros_like(x))[0])
+    assert not results["grad weight_ih_l1"].any()
 
 
-def test_state_that_is_no_pair():
-    with pytest.raises(TypeError, match=r"tuple \(h_0, c_0\), got a Tensor"):
-        layer()(torch.zeros(T, B, I), torch.zeros(2, B, H))
+MASKED = {"recurrent_dropout": (2, B, H), "zoneout_h": (T, B, 2 * H), "zoneout_c": (T, B, 2 * H)}
+"""Regularisers, and the shape of a layer's masks in two directions: one for a sequence, or one for every step."""
 
 
-def test_lengths_need_batched_input():
-    with pytest.raises(ValueError, match="lengths: expected batched input"):
-        layer()(torch.zeros(T, I), lengths=torch.tensor([2]))
+@pytest.mark.parametrize(("option", "shape"), MASKED.items(), ids=list(MASKED))
+@both
+def test_masks_are_drawn_once_per_layer_and_call_in_training(kind, option, shape, monkeypatch):
+    drawn = []
+    for name in ("dropout_mask", "zoneout_mask"):
+        draw = getattr(regularisers, name)
+        recording = lambda *a, draw=draw: drawn.append(draw(*a)) or drawn[-1]  # noqa: E731
+        monkeypatch.setattr(f"novolstm_triton.module.{name}", recording)
+    masked, x = layer(kind, num_layers=2, bidirectional=True, **{option: 0.5}), sequence()
+    assert not torch.equal(masked(x)[0], masked(x)[0])
+    assert [tuple(mask.shape) for mask in drawn] == [shape] * 4
+    assert torch.equal(masked.eval()(x)[0], masked(x)[0])
+    assert len(drawn) == 4
+
+
+@both
+def test_backward_works_in_eval_mode(kind):
+    module = layer(kind).eval()
+    module(sequence())[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())

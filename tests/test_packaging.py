@@ -21,7 +21,7 @@ import torch
 before = set(sys.modules)
 import novolstm_triton
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert new.isdisjoint({"typer", "matplotlib", "numpy", "tqdm", "safetensors"}), new
+assert new.isdisjoint({"typer", "matplotlib", "numpy", "tqdm", "safetensors", "h5py", "transformers"}), new
 layer = novolstm_triton.NovoLSTM(3, 4)
 layer(torch.randn(5, 2, 3))[0].sum().backward()
 assert layer.weight_hh_l0.grad.abs().sum() > 0
@@ -76,7 +76,8 @@ def test_sdist_builds_the_same_and_brings_the_tests(source, wheel, tmp_path):
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / path.name.removesuffix(".tar.gz")
-    for name in ("tests/cooperative.py", "tests/data/README.md", "bench/compile_report.py", "kernels/README.md"):
+    files = ("tests/cooperative.py", "tests/data/README.md", "bench/compile_report.py", "mkdocs.yml", "docs/index.md")
+    for name in (*files, "kernels/README.md"):
         assert (unpacked / name).is_file(), name
     build = [sys.executable, "-c", code.format("wheel"), str(tmp_path)]
     subprocess.run(build, cwd=unpacked, check=True, capture_output=True)

@@ -1,15 +1,19 @@
-"""PyTorch's own inputs for tests of nn.LSTM, and the checks of its generic module tests, on our LSTM."""
+"""PyTorch's own samples for nn.LSTM, and the checks that its generic tests of modules make with them, on our `LSTM`.
+
+All samples are unbatched; `test_matrix.py` has the other calls.
+"""
 
 import copy
 import io
 import pickle
-import re
+import subprocess
+import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 from novolstm_triton import LSTM
 
@@ -17,246 +21,271 @@ from .twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, lst
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
-INFO = next(info for info in module_db if info.module_cls is nn.LSTM)
-
 CHECKS = {
-    "test_forward": "test_forward_is_that_of_nn_lstm, test_unbatched_input_is_a_batch_of_one",
+    "test_forward": "test_results_are_those_of_nn_lstm, test_unbatched_is_a_batch_of_one",
     "test_factory_kwargs": "test_factory_arguments_reach_all_parameters",
     "test_device_ctx_init": "test_factory_arguments_reach_all_parameters",
     "test_multiple_device_transfer": "test_to_the_meta_device_and_back",
     "test_to_empty": "test_to_the_meta_device_and_back",
     "test_to": "test_conversion_to_another_dtype",
     "test_repr": "test_repr_is_that_of_nn_lstm",
-    "test_save_load": "test_copies_compute_the_same",
     "test_pickle": "test_copies_compute_the_same",
+    "test_save_load": "test_copies_compute_the_same",
     "test_non_contiguous_tensors": "test_strides_change_nothing",
-    "test_grad": "test_gradients_of_both_orders",
-    "test_gradgrad": "test_gradients_of_both_orders",
+    "test_grad": "test_gradients",
+    "test_gradgrad": "test_second_gradients",
     "test_if_train_and_eval_modes_differ": "test_modes_differ_by_dropout_only",
-    "test_errors": "test_error_inputs_raise",
+    "test_errors": "test_error_samples_raise",
 }
-"""PyTorch's generic module tests, and the tests below that make the same checks."""
+"""PyTorch's tests of modules by name, and the tests below that check the same."""
 
 NOT_APPLICABLE = {
     "test_check_inplace": "the layer has no argument inplace",
     "test_memory_format": "channels_last is a format of images; a sequence has three dimensions at most",
     "test_cpu_gpu_parity": "needs a GPU; tests/test_gpu.py compares the kernels with the CPU's reference",
-    "test_jit": "the layer is a custom operator: torch.compile and torch.export take it, TorchScript does not",
 }
 """The others, with the reason."""
 
-NOT_RUN: dict[str, str] = {}
-"""Inputs by their name that our LSTM is not given, with the reason."""
+# In a process of its own: at its import this part of PyTorch changes the settings of hypothesis and of PyTorch.
+SCRIPT = """
+import sys, torch
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+info = next(info for info in module_db if info.module_cls is torch.nn.LSTM)
+arguments = dict(device="cpu", dtype=torch.float64, requires_grad=False, training=True)
+torch.manual_seed(3)
+
+def plain(sample):
+    given = [sample.constructor_input, sample.forward_input]
+    return [part for g in given for part in ((g.args, g.kwargs) if g is not None else ((), {}))]
+
+errors = info.module_error_inputs_func(info, **arguments)
+torch.save(
+    dict(
+        samples=[plain(sample) for sample in info.module_inputs_func(info, **arguments)],
+        errors=[
+            (*plain(e.module_error_input), e.error_on is ModuleErrorEnum.FORWARD_ERROR, e.error_type, e.error_regex)
+            for e in errors
+        ],
+        named={decorator.test_name for decorator in info.decorators} - {None},
+    ),
+    sys.argv[1],
+)
+"""
 
 
-def inputs(dtype: torch.dtype = torch.float64, requires_grad: bool = False, training: bool = True) -> dict:
-    """Return PyTorch's inputs by a name made of the arguments."""
-    torch.manual_seed(3)
-    arguments = dict(device="cpu", dtype=dtype, requires_grad=requires_grad, training=training)
-    named = {}
-    for sample in INFO.module_inputs_func(INFO, **arguments):
-        args, options = sample.constructor_input.args, sample.constructor_input.kwargs
-        words = [*map(str, args), *(f"{name}={value}" for name, value in options.items())]
-        call = sample.forward_input
-        shapes = [list(call.args[0].shape), *(f"{name}=" for name in call.kwargs), *["hx"] * (len(call.args) > 1)]
-        named[" ".join([*words, *map(str, shapes)])] = sample
-    return named
+class Sample(NamedTuple):
+    """What nn.LSTM is made of, and called with, in float64."""
+
+    sizes: tuple
+    options: dict[str, Any]
+    inputs: tuple
+
+    def twins(self) -> tuple[nn.LSTM, LSTM]:
+        """Return nn.LSTM and ours with the same parameters."""
+        # Pytest shows it where a test fails.
+        print(self.sizes, self.options, "with a state" if len(self.inputs) > 1 else "without a state")
+        theirs = nn.LSTM(*self.sizes, **self.options, dtype=torch.float64)
+        return theirs, lstm_like(theirs)
+
+    def leaves(self) -> tuple:
+        """Return the inputs, to be differentiated."""
+        x, *state = self.inputs
+        return x.clone().requires_grad_(), *(tuple(s.clone().requires_grad_() for s in pair) for pair in state)
 
 
-CASES = [pytest.param(name, id=name.replace(" ", "-")) for name in inputs() if name not in NOT_RUN]
-all_cases = pytest.mark.parametrize("case", CASES)
+@pytest.fixture(scope="module")
+def pytorch(tmp_path_factory) -> dict[str, Any]:
+    """What PyTorch says about tests of nn.LSTM."""
+    path = tmp_path_factory.mktemp("samples") / "samples.pt"
+    subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True)
+    return torch.load(path, weights_only=False)
 
 
-def twins(case: str, **options) -> tuple[nn.LSTM, LSTM, tuple]:
-    """Return nn.LSTM, ours, and the arguments of a call."""
-    sample = inputs(**options)[case]
-    constructor, call = sample.constructor_input, sample.forward_input
-    assert not call.kwargs
-    theirs = nn.LSTM(*constructor.args, **constructor.kwargs).to(options.get("dtype", torch.float64))
-    theirs.train(options.get("training", True))
-    return theirs, lstm_like(theirs), call.args
+@pytest.fixture(scope="module")
+def samples(pytorch) -> list[Sample]:
+    assert not any(options for *_, options in pytorch["samples"])
+    return [Sample(*parts) for *parts, _ in pytorch["samples"]]
 
 
-def test_every_input_of_pytorch_is_run():
-    names = inputs()
-    assert len(names) == len(INFO.module_inputs_func(INFO, "cpu", torch.float64, requires_grad=False, training=True))
-    assert len(names) >= 32
-    assert set(NOT_RUN) <= set(names)
-    for requires_grad in (False, True):
-        for training in (False, True):
-            assert set(inputs(requires_grad=requires_grad, training=training)) == set(names)
+def test_samples_are_various(samples):
+    assert len(samples) >= 32
+    assert {len(sample.inputs) for sample in samples} == {1, 2}
+    for name in ("bias", "batch_first", "bidirectional", "proj_size"):
+        assert len({sample.options[name] for sample in samples}) == 2
 
 
-def test_every_check_that_pytorch_names_has_its_place():
-    known = set(CHECKS) | set(NOT_APPLICABLE)
+def test_every_check_of_pytorch_has_its_place(pytorch):
     assert not set(CHECKS) & set(NOT_APPLICABLE)
-    assert {d.test_name for d in INFO.decorators if getattr(d, "test_name", None)} <= known
+    assert pytorch["named"] <= set(CHECKS) | set(NOT_APPLICABLE)
     assert {name for names in CHECKS.values() for name in names.split(", ")} <= set(globals())
 
 
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["inputs-fixed", "inputs-grad"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@all_cases
-def test_forward_is_that_of_nn_lstm(case, backend, training, requires_grad):
-    theirs, ours, args = twins(case, training=training, requires_grad=requires_grad)
-    with running_on(backend):
-        results = differentiate(ours, *copied(args))
-    assert_close(results, differentiate(theirs, *copied(args)))
+def test_results_are_those_of_nn_lstm(samples, backend):
+    for sample in samples:
+        theirs, ours = sample.twins()
+        for inputs, training in ((sample.inputs, False), (sample.leaves(), True)):
+            with running_on(backend):
+                results = differentiate(ours.train(training), *copied(inputs))
+            assert_close(results, differentiate(theirs.train(training), *copied(inputs)))
 
 
-@all_cases
-def test_forward_on_triton(case):
-    theirs, ours, args = twins(case, dtype=torch.float32, requires_grad=True)
-    with running_on("triton"):
-        results = differentiate(ours, *copied(args))
-    eager = differentiate(theirs, *copied(args))
-    assert_close(results, differentiate(theirs.double(), *copied(args, torch.float64)), eager)
+def test_results_on_triton(samples):
+    for sample in samples[:: max(1, len(samples) // 10)]:
+        theirs, ours = sample.twins()
+        theirs, ours, inputs = theirs.float(), ours.float(), copied(sample.leaves(), torch.float32)
+        with running_on("triton"):
+            results = differentiate(ours, *inputs)
+        eager = differentiate(theirs, *copied(inputs))
+        assert_close(results, differentiate(theirs.double(), *copied(inputs, torch.float64)), eager)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@all_cases
-def test_unbatched_input_is_a_batch_of_one(case, backend):
-    _, ours, args = twins(case)
-    with running_on(backend):
-        y, states = ours(*args)
-        expected_y, expected_states = inputs()[case].reference_fn(ours, None, *args)
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(states, tuple(expected_states))
+def test_unbatched_is_a_batch_of_one(samples, backend):
+    for sample in samples:
+        _, ours = sample.twins()
+        batch = 0 if ours.batch_first else 1
+        x, *state = sample.inputs
+        with running_on(backend):
+            y, states = ours(*sample.inputs)
+            rows, states_of_rows = ours(x.unsqueeze(batch), *(tuple(s.unsqueeze(1) for s in pair) for pair in state))
+        torch.testing.assert_close(y, rows.squeeze(batch))
+        torch.testing.assert_close(states, tuple(s.squeeze(1) for s in states_of_rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@all_cases
-def test_factory_arguments_reach_all_parameters(case, device, dtype):
-    constructor = inputs()[case].constructor_input
-    by_argument = LSTM(*constructor.args, **constructor.kwargs, device=device, dtype=dtype)
-    with torch.device(device):
-        in_block = LSTM(*constructor.args, **constructor.kwargs, dtype=dtype)
-    for layer in (by_argument, in_block):
-        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {(device, dtype)}
-        assert not list(layer.buffers())
+def test_factory_arguments_reach_all_parameters(samples, device, dtype):
+    for sample in samples:
+        by_argument = LSTM(*sample.sizes, **sample.options, device=device, dtype=dtype)
+        with torch.device(device):
+            in_block = LSTM(*sample.sizes, **sample.options, dtype=dtype)
+        for layer in (by_argument, in_block):
+            assert {(p.device.type, p.dtype) for p in layer.parameters()} == {(device, dtype)}
+            assert not list(layer.buffers())
 
 
-@all_cases
-def test_repr_is_that_of_nn_lstm(case):
-    theirs, ours, _ = twins(case)
-    assert repr(ours) == repr(theirs)
+def test_repr_is_that_of_nn_lstm(samples):
+    for sample in samples:
+        theirs, ours = sample.twins()
+        assert repr(ours) == repr(theirs)
 
 
-@all_cases
-def test_copies_compute_the_same(case):
-    _, ours, args = twins(case)
-    saved, weights = io.BytesIO(), io.BytesIO()
-    torch.save(ours, saved)
-    torch.save(ours.state_dict(), weights)
-    constructor = inputs()[case].constructor_input
-    loaded = LSTM(*constructor.args, **constructor.kwargs).double()
-    loaded.load_state_dict(torch.load(io.BytesIO(weights.getvalue()), weights_only=True))
-    whole = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
-    expected = differentiate(ours, *copied(args))
-    for twin in (whole, loaded, copy.deepcopy(ours), copy.copy(ours), pickle.loads(pickle.dumps(ours))):
-        results = differentiate(twin, *copied(args))
-        assert all(torch.equal(results[name], value) for name, value in expected.items())
-        assert repr(twin) == repr(ours)
+def test_copies_compute_the_same(samples):
+    for sample in samples:
+        _, ours = sample.twins()
+        saved, weights = io.BytesIO(), io.BytesIO()
+        torch.save(ours, saved)
+        torch.save(ours.state_dict(), weights)
+        saved.seek(0)
+        weights.seek(0)
+        loaded = LSTM(*sample.sizes, **sample.options).double()
+        loaded.load_state_dict(torch.load(weights, weights_only=True))
+        whole = torch.load(saved, weights_only=False)
+        expected = differentiate(ours, *sample.leaves())
+        for twin in (whole, loaded, copy.deepcopy(ours), copy.copy(ours), pickle.loads(pickle.dumps(ours))):
+            results = differentiate(twin, *sample.leaves())
+            assert all(torch.equal(results[name], value) for name, value in expected.items())
+            assert repr(twin) == repr(ours)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-@all_cases
-def test_gradients_of_both_orders(case, backend):
-    _, ours, args = twins(case, requires_grad=True)
-    x, *state = args
+def as_function(sample: Sample) -> tuple[Any, tuple[Tensor, ...]]:
+    """Return a layer as a function of its inputs and parameters, and these."""
+    _, ours = sample.twins()
+    x, *state = sample.leaves()
     names = [name for name, _ in ours.named_parameters()]
 
     def function(x, *others):
-        hx = others[:2] if state else None
-        parameters = dict(zip(names, others[2 if state else 0 :], strict=True))
-        y, (h_n, c_n) = torch.func.functional_call(ours, parameters, (x, hx))
-        return y, h_n, c_n
+        hx, parameters = (others[:2], others[2:]) if state else (None, others)
+        y, states = torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x, hx))
+        return y, *states
 
-    leaves = (x, *(s for pair in state for s in pair), *ours.parameters())
-    with running_on(backend):
-        assert gradcheck(function, leaves, fast_mode=True, check_batched_grad=True)
-        assert gradgradcheck(function, leaves, fast_mode=True)
+    return function, (x, *(s for pair in state for s in pair), *ours.parameters())
+
+
+def test_gradients(samples):
+    for sample in samples:
+        assert gradcheck(*as_function(sample), fast_mode=True, check_batched_grad=True)
+
+
+def test_second_gradients(samples):
+    # The others are these with less, or with another order of a batch that is not there.
+    fullest = [s for s in samples if len(s.inputs) == 2 and s.options["bias"] and not s.options["batch_first"]]
+    assert len(fullest) >= 4
+    for sample in fullest:
+        assert gradgradcheck(*as_function(sample), fast_mode=True)
+
+
+def strided(value: Any) -> Any:
+    """Return leaves with the same values, each with its elements apart in memory."""
+    if isinstance(value, tuple):
+        return tuple(strided(v) for v in value)
+    spread = torch.stack([value.detach(), torch.full_like(value, torch.nan)], -1)[..., 0]
+    assert not spread.is_contiguous()
+    return spread.requires_grad_()
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@all_cases
-def test_strides_change_nothing(case, backend):
-    _, ours, args = twins(case, requires_grad=True)
-
-    def strided(value):
-        if isinstance(value, tuple):
-            return tuple(strided(v) for v in value)
-        spread = torch.stack([value.detach(), torch.full_like(value, torch.nan)], -1)[..., 0]
-        assert not spread.is_contiguous()
-        return spread.requires_grad_()
-
-    with running_on(backend):
-        expected = differentiate(ours, *copied(args))
-        results = differentiate(ours, *strided(args))
-        for name, parameter in ours.named_parameters():
-            setattr(ours, name, nn.Parameter(strided(parameter)))
-        strided_weights = differentiate(ours, *copied(args))
-    assert_close(results, expected)
-    assert_close(strided_weights, expected)
+def test_strides_change_nothing(samples, backend):
+    for sample in samples:
+        _, ours = sample.twins()
+        with running_on(backend):
+            expected = differentiate(ours, *sample.leaves())
+            assert_close(differentiate(ours, *strided(sample.inputs)), expected)
+            for name, parameter in ours.named_parameters():
+                setattr(ours, name, nn.Parameter(strided(parameter)))
+            assert_close(differentiate(ours, *sample.leaves()), expected)
 
 
-@all_cases
-def test_to_the_meta_device_and_back(case):
-    _, ours, args = twins(case)
-    y, states = ours(*args)
-    weights = copy.deepcopy(ours.state_dict())
-    ours.to("meta")
-    on_meta = ours(*(tuple(s.to("meta") for s in a) if isinstance(a, tuple) else a.to("meta") for a in args))
-    assert on_meta[0].is_meta
-    assert [on_meta[0].shape, *(s.shape for s in on_meta[1])] == [y.shape, *(s.shape for s in states)]
-    ours.to_empty(device="cpu")
-    assert {p.device.type for p in ours.parameters()} == {"cpu"}
-    ours.load_state_dict(weights)
-    assert torch.equal(ours(*args)[0], y)
-    # Where the values are drawn anew, as is usual after to_empty, they are finite and within bounds.
-    ours.to_empty(device="cpu").reset_parameters()
-    assert all(p.abs().max() <= ours.hidden_size**-0.5 for p in ours.parameters())
+def test_to_the_meta_device_and_back(samples):
+    for sample in samples:
+        _, ours = sample.twins()
+        y, states = ours(*sample.inputs)
+        weights = copy.deepcopy(ours.state_dict())
+        ours.to("meta")
+        x, *state = sample.inputs
+        on_meta, states_on_meta = ours(x.to("meta"), *(tuple(s.to("meta") for s in pair) for pair in state))
+        assert on_meta.is_meta
+        assert [a.shape for a in (on_meta, *states_on_meta)] == [a.shape for a in (y, *states)]
+        ours.to_empty(device="cpu")
+        ours.load_state_dict(weights)
+        assert torch.equal(ours(*sample.inputs)[0], y)
+        # As is usual after to_empty.
+        ours.to_empty(device="cpu").reset_parameters()
+        assert all(p.abs().max() <= ours.hidden_size**-0.5 for p in ours.parameters())
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["set-data", "swap-tensors"])
-@all_cases
-def test_conversion_to_another_dtype(case, swap, monkeypatch):
-    theirs, ours, args = twins(case)
+def test_conversion_to_another_dtype(samples, swap, monkeypatch):
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", swap)
-    ours.float()
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    ours.double()
-    theirs.float().double()
-    assert_close(differentiate(ours, *copied(args)), differentiate(theirs, *copied(args)))
+    for sample in samples:
+        theirs, ours = sample.twins()
+        assert {p.dtype for p in ours.float().parameters()} == {torch.float32}
+        results = differentiate(ours.double(), *sample.leaves())
+        assert_close(results, differentiate(theirs.float().double(), *sample.leaves()))
 
 
-@all_cases
-def test_modes_differ_by_dropout_only(case):
-    _, ours, args = twins(case)
-    assert torch.equal(ours.train()(*args)[0], ours.eval()(*args)[0])
-    ours.dropout = 0.5
-    trained = [ours.train()(*args)[0] for _ in range(8)]
-    assert not all(torch.equal(y, trained[0]) for y in trained)
-    assert torch.equal(ours.eval()(*args)[0], ours.eval()(*args)[0])
-
-
-ERRORS = INFO.module_error_inputs_func(INFO, "cpu", torch.float64, requires_grad=False, training=True)
+def test_modes_differ_by_dropout_only(samples):
+    for sample in samples:
+        _, ours = sample.twins()
+        plain = ours.train()(*sample.inputs)[0]
+        assert torch.equal(ours.eval()(*sample.inputs)[0], plain)
+        ours.dropout = 0.5
+        assert torch.equal(ours(*sample.inputs)[0], plain)
+        assert any(not torch.equal(ours.train()(*sample.inputs)[0], plain) for _ in range(8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("number", range(len(ERRORS)))
-def test_error_inputs_raise(number, backend):
-    error = ERRORS[number]
-    sample = error.module_error_input
-    constructor, call = sample.constructor_input, sample.forward_input
-    with running_on(backend):
-        if error.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
-            with pytest.raises(error.error_type, match=error.error_regex):
-                LSTM(*constructor.args, **constructor.kwargs)
-        else:
-            ours = LSTM(*constructor.args, **constructor.kwargs)
-            with pytest.raises(error.error_type, match=error.error_regex):
-                ours(*call.args, **call.kwargs)
-    assert re.compile(error.error_regex)
+def test_error_samples_raise(pytorch, backend):
+    assert len(pytorch["errors"]) >= 10
+    for sizes, options, inputs, input_options, in_forward, error, message in pytorch["errors"]:
+        print(sizes, options)
+        with running_on(backend):
+            if in_forward:
+                layer = LSTM(*sizes, **options)
+                with pytest.raises(error, match=message):
+                    layer(*inputs, **input_options)
+            else:
+                with pytest.raises(error, match=message):
+                    LSTM(*sizes, **options)

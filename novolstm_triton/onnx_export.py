@@ -1,0 +1,117 @@
+"""A layer in the operators of ONNX: what torch.onnx.export(…, dynamo=True) is given in place of the kernels.
+
+The plain cell becomes ONNX's own LSTM, every other a Scan whose body is a step of the reference; both take any number
+of steps and rows. Nothing here has gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from novolstm_triton import reference
+
+
+def is_exporting() -> bool:
+    """Return whether torch.onnx.export is tracing; False in torch.compile and in a plain torch.export."""
+    # The flag of torch.export comes first because it is cheap: torch.onnx imports its exporter when it is asked.
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def layer(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    lengths: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    kept: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Record `reference.layer`, whose arguments and results these are."""
+    extras = (h_mask, kept, weight_hr)
+    regularised = options["zoneout_h"] or options["zoneout_c"] or any(a is not None for a in extras)
+    if options["cell"] == "lstm" and not regularised:
+        return _lstm(x, h_0, c_0, weight_ih, weight_hh, bias, lengths, options["reverse"])
+    weights = (weight_ih, weight_hh, bias, ln_weight, ln_bias, weight_hr)
+    return _scan(x, h_0, c_0, lengths, h_mask, kept, weights, **options)
+
+
+def _lstm(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor,
+    lengths: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Record ONNX's LSTM, whose blocks are i|o|f|g."""
+    (steps, batch, _), hidden = x.shape, h_0.shape[1]
+    if lengths is not None:
+        lengths = lengths.clamp(0, steps)
+    w, r, b = (torch.cat([a.chunk(4)[k] for k in (0, 3, 1, 2)]).unsqueeze(0) for a in (weight_ih, weight_hh, bias))
+    # Its bias is that of the inputs and that of the recurrence.
+    b = torch.cat((b, torch.zeros_like(b)), 1)
+    y, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
+        "LSTM",
+        (x, w, r, b, lengths, h_0.unsqueeze(0), c_0.unsqueeze(0)),
+        {"hidden_size": hidden, "direction": "reverse" if reverse else "forward"},
+        dtypes=[x.dtype] * 3,
+        shapes=[(steps, 1, batch, hidden), (1, batch, hidden), (1, batch, hidden)],
+    )
+    y, h_n, c_n = y.squeeze(1), h_n.squeeze(0), c_n.squeeze(0)
+    if lengths is not None:
+        # It gives zeros for the states of a row without steps.
+        some = (lengths > 0).unsqueeze(1)
+        h_n, c_n = torch.where(some, h_n, h_0), torch.where(some, c_n, c_0)
+    return y, h_n, c_n
+
+
+def _scan(
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor,
+    lengths: Tensor | None,
+    h_mask: Tensor | None,
+    kept: Tensor | None,
+    weights: Sequence[Tensor | None],
+    reverse: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Record a scan over the steps."""
+    # A private module, which nobody else has to import.
+    from torch._higher_order_ops.scan import scan_op
+
+    valid = None
+    if lengths is not None:
+        t = torch.arange(x.shape[0], dtype=lengths.dtype, device=lengths.device)
+        valid = (t.unsqueeze(1) < lengths).unsqueeze(2)
+    given = [None if a is None else a.flip(0) if reverse else a for a in (x, valid, kept)]
+    constants = (h_mask, *weights)
+
+    def body(h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Only what is there is handed over: a scan takes no None, and would make a constant of what the body closes
+        # over.
+        values = iter(others)
+        x_t, valid_t, kept_t, mask, *own = (None if a is None else next(values) for a in (*given, *constants))
+        assert x_t is not None
+        y_t, h, c = reference.advance(x_t, h, c, valid_t, mask, kept_t, own, **options)
+        # No result of the body may share memory with another.
+        return h, c, y_t.clone()
+
+    # With gradients the scan would be partitioned into a forward and a backward half, for nothing; and none of its
+    # operands may share memory with another, as views of one tensor do. Neither is left in the ONNX graph.
+    state, inputs, fixed = (
+        [a.detach().clone() for a in operands if a is not None] for operands in ((h_0, c_0), given, constants)
+    )
+    # Not `scan`, which compiles its body by torch.compile: that generalises sizes when a second layer comes along.
+    h_n, c_n, y = scan_op(body, state, inputs, tuple(fixed))
+    return (y.flip(0) if reverse else y), h_n, c_n
