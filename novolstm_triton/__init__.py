@@ -1,8 +1,9 @@
-"""NovoLSTM for PyTorch: a fused recurrent layer whose kernels run a whole sequence on the GPU.
+"""Recurrent layers for PyTorch whose kernels run a whole sequence on the GPU: NovoLSTM, and the plain LSTM.
 
-`NovoLSTM` is the module, called like `torch.nn.LSTM`; `functional.novolstm` the function under it; `plan` decides how
-the Triton kernels are launched; `use_backend` chooses a backend for a block of code; `convert_model` puts this
-package's layers into a model in place of its `nn.LSTM`s.
+`NovoLSTM` and `LSTM` are modules, called like `torch.nn.LSTM`, `NovoLSTMCell` and `LSTMCell` their single steps;
+`functional` has the functions under them; `detach_state` cuts the history of a state; `convert_model` puts this
+package's layers into a model in place of its `nn.LSTM`s; `use_backend` chooses a backend for a block of code; `plan`
+decides how the Triton kernels are launched.
 """
 
 from novolstm_triton import functional, plan

@@ -14,7 +14,7 @@ from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import check_triton, explain_backend, state_dtype
 from novolstm_triton.isolated import CallError, Isolated
 from novolstm_triton.plan import Device, KernelPlan
-from novolstm_triton.problems import RESULTS, Problem, excess
+from novolstm_triton.problems import Problem, excess
 from novolstm_triton.text import UsageError
 
 DTYPES = {**tuned.DTYPES, "fp64": torch.float64}
@@ -207,10 +207,9 @@ class _Report:
         else:
             self._part("Plan")
             buffer_dtype = state_dtype(self._dtype)
-        chunk = min(
-            shape.steps, plan.chunk_steps(shape.batch, shape.hidden, len(CELLS[shape.cell].gates), itemsize, backend)
-        )
-        gates_bytes = chunk * shape.batch * 5 * shape.hidden * buffer_dtype.itemsize
+        gates = len(CELLS[shape.cell].gates)
+        chunk = min(shape.steps, plan.chunk_steps(shape.batch, shape.hidden, gates, itemsize, backend))
+        gates_bytes = chunk * shape.batch * gates * shape.hidden * buffer_dtype.itemsize
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")
         self._line("workspace", f"{gates_bytes:,} bytes for a chunk's pre-activations, its largest buffer;")
         self._line("", "in backward as many more for their gradients")
@@ -265,7 +264,7 @@ class _Report:
             return
         cases = list(_cases(self._shape, str(self._where)))
         self._part(f"Self-check: {backend} on {self._where} in {self._shape.dtype} against the float64 reference")
-        worst = dict.fromkeys(RESULTS, (0.0, math.inf))
+        worst: dict[str, tuple[float, float]] = {}
         began, done = time.monotonic(), 0
         with Isolated("novolstm_triton.measure") as process:
             for problem in cases:
@@ -278,7 +277,10 @@ class _Report:
                     self._problem(f"{problem}: {message}: take backend='torch', and please report it")
                     return
                 done += 1
-                worst = {name: max(worst[name], tuple(arrays[name]), key=lambda pair: excess(*pair)) for name in worst}
+                # Not every cell has every array.
+                for name, (error, bound) in arrays.items():
+                    before = worst.get(name, (0.0, math.inf))
+                    worst[name] = max(before, (error, bound), key=lambda pair: excess(*pair))
         wrong = [name for name, pair in worst.items() if excess(*pair) > 1]
         self._line("quantity", "error    allowed   (relative to the largest magnitude)")
         for name, (error, allowed) in worst.items():
@@ -301,7 +303,7 @@ class _Report:
         self._part("Limits")
         self._line("fp64", "needs backend='torch' or 'reference', on a GPU, too")
         self._line("kernels", "need a GPU that holds all slices of a batch tile at once")
-        self._line("second derivatives", "need backend='reference'")
+        self._line("second derivatives", "run the reference, with its time and memory")
         self._say("")
         if self._problems:
             self._say(f"{len(self._problems)} problem{'s' * (len(self._problems) > 1)}, see above.")

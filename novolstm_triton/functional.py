@@ -485,7 +485,11 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
             return _layer(inputs, None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
 
-        first, pull, *_ = torch.func.vjp(lambda *given: torch.func.vjp(layer, *given[3:])[1](given[:3]), *floating)
+        def gradients(*given: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(layer, *given[3:])[1](given[:3])
+
+        transformed: Any = torch.func.vjp(gradients, *floating)
+        first, pull = transformed
         pairs = zip(first, grads, ctx.needs, strict=True)
         second = pull(tuple(torch.zeros_like(g) if d is None or not needed else d for g, d, needed in pairs))
         return *second, *[None] * (ctx.inputs - len(floating))

@@ -194,9 +194,7 @@ class RecurrentLayer(Recurrent):
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence has its own, expected None")
         if torch.compiler.is_exporting():
-            raise ValueError(
-                "torch.export: no program knows the sizes of a PackedSequence: give padded input and lengths="
-            )
+            raise ValueError("torch.export: a PackedSequence has sizes of its own: give padded input and lengths=")
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
@@ -260,8 +258,8 @@ class RecurrentLayer(Recurrent):
 
     def _check_input(self, x: Tensor) -> None:
         """Check x [T, B, I]."""
-        weight = self.weight_ih_l0
-        assert isinstance(weight, Tensor)
+        # nn.Module declares its attributes as modules, too.
+        weight: Any = self.weight_ih_l0
         if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "

@@ -27,7 +27,7 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """Return h and c after one step.
 
-    With z_k = x W_kᵀ + h U_kᵀ + b_k for each gate k of i|f|g|o|p, and LN the layer normalisation over the H units::
+    With z_k = x W_kᵀ + h U_kᵀ + b_k for each gate k of i|f|g|o|p, and LN the layer normalisation over the H units:
 
         formula:   i = gain · LN(σ(z_i)) · softmax(z_p)
         notebook:  i = gain · LN(σ(z_i) · softmax(x W_pᵀ + b_p))

@@ -1,12 +1,12 @@
 """Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `tune.py` writes them.
 
 A file says on which device and with which versions it was measured, and holds an entry for each hidden size, batch,
-dtype, cell and direction: the plan's choices, and the time of a step under them. The format is
-described in plans/README.md, where the files of this package lie.
+dtype, cell and direction: the plan's choices, and the time of a step under them. The format is described in
+plans/README.md, where the files of this package lie.
 
-An entry is for one hidden size, dtype, cell and direction, on a device that is equal in every
-property. Of these the one with the nearest batch at or above the layer's is taken, else the model of `plan.py` decides.
-A pin that contradicts an entry sets all of it aside.
+An entry is for one hidden size, dtype, cell and direction, on a device that is equal in every property. Of these the
+one with the nearest batch at or above the layer's is taken, else the model of `plan.py` decides. A pin that contradicts
+an entry sets all of it aside.
 """
 
 import dataclasses

@@ -201,7 +201,7 @@ def test_on_triton(kind):
     module = layer(kind, bidirectional=True)
     with running_on("triton"):
         compiled, _ = compiled_copy(module)
-        x, lengths = sequence(requires_grad=True), torch.tensor([5, 0, 2])
+        x, lengths = sequence(3, requires_grad=True), torch.tensor([3, 0, 2])
         assert_equal(differentiate(compiled, x, lengths=lengths), differentiate(module, x, lengths=lengths))
 
 
@@ -247,9 +247,6 @@ def test_transforms_within_a_graph_name_the_way_out():
     torch._dynamo.reset()
     with pytest.raises(Exception, match="use backend='reference'"):
         torch.compile(gradient, backend="aot_eager", fullgraph=True)(x)
-    torch._dynamo.reset()
-    module.backend = "reference"
-    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager", fullgraph=True)(x), gradient(x))
 
 
 def test_choices_in_force_are_those_of_the_tracing():

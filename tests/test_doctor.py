@@ -10,6 +10,7 @@ import torch
 
 from novolstm_triton import bptt, environment, functional, plan, tuned
 from novolstm_triton.__main__ import main
+from novolstm_triton.cells import CELLS
 from novolstm_triton.problems import RESULTS
 from novolstm_triton.tuned import Entry, Key
 
@@ -66,6 +67,15 @@ def test_every_dtype_is_well(dtype, doctor):
     code, text = doctor(*SMALL[:-1], dtype)
     assert code == 0, text
     assert f"in {dtype} against" in text
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_cell_is_well(cell, doctor):
+    code, text = doctor(*SMALL, "--cell", cell)
+    assert code == 0, text
+    assert f"B3-H20-{cell}\n" in text
+    assert list(errors_of(text)) == list(RESULTS)
+    assert f" {9 * 3 * len(CELLS[cell].gates) * 20 * 4:,} bytes for a chunk's pre-activations" in text
 
 
 @pytest.mark.parametrize("wrong", [1.01, math.nan], ids=["off", "nan"])

@@ -232,7 +232,7 @@ def test_whole_run_in_the_interpreter(tmp_path, monkeypatch):
     # The interpreter is slow: of all neighbours the one that streams its weights.
     monkeypatch.setattr(tune, "_LADDERS", {})
     out = tmp_path / "plans.json"
-    keys = list(tune.keys([4], [2], ["fp32"], ["notebook"]))
+    keys = list(tune.keys([4], [2], ["fp32"], ["lstm"]))
     lines = []
     failed = tune.tune(keys, out, where="cpu", steps=2, candidates=1, say=lines.append)
     assert failed == [], lines
