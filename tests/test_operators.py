@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from novolstm_triton import functional
+from novolstm_triton.testing import cooperative
 
-from .cooperative import cooperative
 from .problems import Problem
 
 PROBLEMS = [
