@@ -1,0 +1,216 @@
+"""Every plan for the listed devices, and what each way of exchanging promises: that no wait lasts forever.
+
+The argument. Let all programs of a batch tile run at the same time, make the same sequence of arrivals and waits, and
+let the n-th wait of each need nothing but what every program does before its own n-th wait. Of the programs that wait,
+take one whose wait has the least number n. All others have come to their n-th wait or further, so all it needs has
+been done, and it goes on. So some program can always go on, whatever the schedule, and each has finitely many steps.
+
+`plans` yields the plans, `protocol` records the sequences in the interpreter.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
+from novolstm_triton.kernels import backward, forward
+from novolstm_triton.launch import KERNELS
+from novolstm_triton.plan import Device, KernelPlan, Pins
+from novolstm_triton.testing import cooperative
+from novolstm_triton.testing.happens_before import Memory
+
+from .problems import Problem
+from .seeded_faults import ROOMY, SELF_VALIDATING
+
+DEVICES = (plan.A100, plan.H100, plan.H200, plan.B200, plan.RTX_4090, plan.MI300X)
+
+HIDDEN = (*range(1, 130), *range(144, 1025, 16), 1500, 2048, 3000, 4096)
+BATCH = (1, 17, 64, 1000)
+DTYPES = (torch.bfloat16, torch.float32)
+PINS = (Pins(), *(Pins(exchange=exchange, exchanges=n) for exchange in ("barrier", "words") for n in (1, 2)))
+
+
+class Protocol(NamedTuple):
+    """What the sequence of a kernel's arrivals and waits depends on, besides the numbers of slices and steps."""
+
+    backward: bool
+    exchange: str
+    exchanges: int
+    rows: bool
+    """Whether the cell has sums over the units to exchange."""
+
+
+def protocol_of(cell: str, is_backward: bool, kernel_plan: KernelPlan) -> Protocol:
+    """Return a plan's protocol."""
+    rows = KERNELS[cell].grad_rows if is_backward else KERNELS[cell].partial_rows
+    return Protocol(is_backward, kernel_plan.exchange, kernel_plan.exchanges, rows > 0)
+
+
+def plans(device: Device) -> Iterator[tuple[str, bool, int, int, KernelPlan]]:
+    """Yield (cell, backward, H, B, plan) of everything that may be launched on a device."""
+    for cell, is_backward, directions in itertools.product(("lstm", "formula"), (False, True), (1, 2)):
+        for hidden, batch, dtype, pins in itertools.product(HIDDEN, BATCH, DTYPES, PINS):
+            options: dict[str, Any] = dict(cell=cell, directions=directions, backward=is_backward, pins=pins)
+            try:
+                found = plan.candidates(hidden, batch, dtype, device, **options)
+            except ValueError:
+                # Some pins fit no layer of a size.
+                continue
+            for kernel_plan in found:
+                yield cell, is_backward, hidden, directions * batch, kernel_plan
+
+
+def flaws(device: Device, hidden: int, kernel_plan: KernelPlan) -> list[str]:
+    """Return what is wrong with a plan for a device."""
+    found = []
+    programs = kernel_plan.slices * kernel_plan.tiles_per_launch
+    if kernel_plan.slices > 1 and programs > device.multiprocessors:
+        found.append(f"{programs} programs wait for each other on {device.multiprocessors} multiprocessors")
+    if kernel_plan.smem_bytes > device.smem_bytes:
+        found.append(f"{kernel_plan.smem_bytes} bytes of shared memory of {device.smem_bytes}")
+    if kernel_plan.num_warps * device.warp_size > 1024:
+        found.append(f"{kernel_plan.num_warps} warps of {device.warp_size}")
+    if kernel_plan.slices * kernel_plan.units < hidden or kernel_plan.units > kernel_plan.block_n:
+        found.append(f"{kernel_plan.slices} slices of {kernel_plan.units} units in tiles of {kernel_plan.block_n}")
+    if kernel_plan.tiles_per_launch < 1:
+        found.append("no tile in a launch")
+    return found
+
+
+@dataclasses.dataclass
+class Sequence:
+    """What a program did: its arrivals and waits in order."""
+
+    arrivals: int = 0
+    waits: int = 0
+    events: list[tuple] = dataclasses.field(default_factory=list)
+
+
+class Recorder:
+    """Records the sequences of a launch's programs, and what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[tuple, Sequence]] = []
+        self.flaws: list[str] = []
+        self._waits_at_write: dict[tuple[int, int], tuple[tuple, int]] = {}
+
+    def own(self) -> Sequence:
+        """Return the sequence of the program that runs."""
+        return self.launches[-1].setdefault(interpreter.interpreter_builder.grid_idx, Sequence())
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what is launched inside the block."""
+        with contextlib.ExitStack() as stack:
+
+            def replace(owner: Any, name: str, make: Any) -> None:
+                stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+            for kernels in (forward, backward):
+                replace(kernels, "arrive", self._arrive)
+                replace(kernels, "wait", self._wait)
+                replace(kernels, "await_blocks", self._await)
+                replace(kernels, "collect_rows", self._await)
+            replace(Memory, "__init__", self._begin)
+            replace(Memory, "_put", self._put)
+            replace(Memory, "_take", self._take)
+            yield
+
+    def _begin(self, operation: Any) -> Any:
+        def begin(memory: Memory, *args: Any, **kwargs: Any) -> None:
+            operation(memory, *args, **kwargs)
+            self.launches.append({})
+            self._waits_at_write.clear()
+
+        return begin
+
+    def _arrive(self, operation: Any) -> Any:
+        def arrive(*args: Any) -> None:
+            own = self.own()
+            own.arrivals += 1
+            own.events.append(("arrive",))
+            operation(*args)
+
+        return arrive
+
+    def _wait(self, operation: Any) -> Any:
+        def wait(counter: Any, arrivals: Any, exchange: str, *rest: Any) -> None:
+            if getattr(exchange, "value", exchange) == "barrier":
+                own = self.own()
+                own.waits += 1
+                own.events.append(("wait", int(arrivals), own.arrivals))
+            operation(counter, arrivals, exchange, *rest)
+
+        return wait
+
+    def _await(self, operation: Any) -> Any:
+        def wait(*args: Any) -> Any:
+            is_words = any(getattr(a, "value", a) == "words" for a in args if isinstance(a, (str, tl.constexpr)))
+            if is_words or operation.fn.__name__ == "await_blocks":
+                own = self.own()
+                own.waits += 1
+                own.events.append(("words",))
+            return operation(*args)
+
+        return wait
+
+    def _put(self, operation: Any) -> Any:
+        def put(memory: Any, shadow: Any, program: int, words: Any, site: int) -> None:
+            operation(memory, shadow, program, words, site)
+            index = memory._programs[program]
+            self._waits_at_write[id(memory), len(memory._snapshots) - 1] = index, self.own().waits
+
+        return put
+
+    def _take(self, operation: Any) -> Any:
+        def take(memory: Any, shadow: Any, program: int, words: Any) -> None:
+            if shadow.values is not None:
+                own = self.own()
+                for number in set(shadow.values.written[words].tolist()) - {0}:
+                    writer, waits = self._waits_at_write[id(memory), number]
+                    # The word may be there early; what counts is that its writer has no later wait before it.
+                    if waits >= own.waits + 1:
+                        self.flaws.append(f"wait {own.waits} takes what {writer} writes after its wait {waits}")
+            operation(memory, shadow, program, words)
+
+        return take
+
+
+def protocol(kind: Protocol, slices: int) -> tuple[int, list[str]]:
+    """Run a layer under the checker; return how many waits of this protocol it had, and what is wrong with them."""
+    cells = {"lstm": False, "formula": True}
+    cell = next(name for name, rows in cells.items() if rows == kind.rows)
+    recorder, words = Recorder(), SELF_VALIDATING if kind.exchange == "words" else ()
+    pins: dict[str, Any] = dict(device=ROOMY, slices=slices, chunk=3, exchange=kind.exchange, exchanges=kind.exchanges)
+    problem = Problem(steps=5, batch=18, hidden=2 * slices + 1, cell=cell)
+    with cooperative(slices, poison=True, one_writer=True, self_validating=words), plan.forced(**pins):
+        with recorder.recording():
+            problem.run("triton", torch.float32)
+    waits, found = 0, list(recorder.flaws)
+    for launch in recorder.launches:
+        tiles: dict[int, list[Sequence]] = {}
+        for index, sequence in launch.items():
+            tiles.setdefault(index[1], []).append(sequence)
+        for sequences in tiles.values():
+            if len(sequences) != slices:
+                found.append(f"{len(sequences)} of {slices} programs synchronise")
+            if any(sequence.events != sequences[0].events for sequence in sequences):
+                found.append("programs of a tile differ in their sequences")
+            for event in sequences[0].events:
+                if event[0] == "wait" and event[1] != slices * event[2]:
+                    found.append(f"a wait for {event[1]} arrivals of {slices} programs that made {event[2]} each")
+            waits += sum(event[0] != "arrive" for event in sequences[0].events)
+    return waits, found
+
+
+def cells_of(kind: Protocol) -> list[str]:
+    """Return the cells whose kernels follow a protocol."""
+    return [cell for cell in CELLS if bool(KERNELS[cell].partial_rows) == kind.rows]
