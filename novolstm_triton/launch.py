@@ -399,9 +399,22 @@ def _fill_missing(buffer: Tensor) -> None:
 
 
 def launch_plan(x: Tensor, hidden: int, cell: str, directions: int = 1) -> LaunchPlan:
-    """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force."""
-    in_force = planning.pinned(), tuned.in_force()
-    return _cached_plan(hidden, x.shape[1], x.dtype, _device(x.device), cell, directions, *in_force)
+    """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force.
+
+    Raises:
+        ValueError: there is none, or it holds more programs that wait for each other than the device.
+    """
+    pins = planning.pinned()
+    device = pins.device or _device(x.device)
+    found = _cached_plan(hidden, x.shape[1], x.dtype, device, cell, directions, pins, tuned.in_force())
+    for kernel_plan in (found.forward, found.backward):
+        programs = kernel_plan.slices * kernel_plan.tiles_per_launch
+        if kernel_plan.slices > 1 and programs > device.multiprocessors:
+            raise ValueError(
+                f"plan: {programs} programs wait for each other, and {device.name} holds {device.multiprocessors} at "
+                "once: those left out would never run"
+            )
+    return found
 
 
 class WalkOptions(NamedTuple):

@@ -1,52 +1,118 @@
-"""Writes the pages of docs/verification from what the checks find: `python -m tests.pages` in a checkout."""
+"""Writes the tables of docs/verification from what the checks find.
+
+In a checkout: `python -m tests.pages` for all of them, or with the names of some.
+"""
 
 import os
 import pathlib
+import re
+import sys
 
 FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "verification"
-SEEDED_FAULTS = "seeded-faults"
+
+FAULTS, DEVICES, PROTOCOLS = "seeded-faults", "devices", "protocols"
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+def faults() -> list[tuple[str, ...]]:
+    """Return fault, what found it, and the report, for every seeded fault."""
+    from . import seeded_faults
+
+    return [fault_row(fault) for fault in seeded_faults.FAULTS]
 
 
-def read_rows(page: str) -> list[tuple[str, ...]]:
-    """Return the rows of a page's table, without its header."""
-    lines = [line for line in (FOLDER / f"{page}.md").read_text().splitlines() if line.startswith("| ")]
-    return [tuple(c.strip().replace("\\|", "|") for c in line[1:-1].split(" | ")) for line in lines[2:]]
+def fault_row(fault) -> tuple[str, ...]:
+    """Return the row of one seeded fault.
+
+    Raises:
+        RuntimeError: nothing finds it.
+    """
+    from .seeded_faults import find
+
+    if (found := find(fault)) is None:
+        raise RuntimeError(f"{fault.name}: nothing finds it")
+    return fault.name, *found
 
 
-def seeded_faults() -> str:
-    """Return the page of seeded faults."""
-    from .seeded_faults import FAULTS, find
+def devices() -> list[tuple[str, ...]]:
+    """Return what plans there are for every device."""
+    from . import plan_space
 
-    rows = []
-    for fault in FAULTS:
-        found = find(fault)
-        if found is None:
-            raise RuntimeError(f"{fault.name}: nothing finds it")
-        rows.append((fault.name, *found))
-    return (
-        "# Seeded faults\n\n"
-        "Each line is a mistake that was put into a copy of the kernels or their launcher, what found it, and the\n"
-        'report, without line numbers. A name of an error is that of the [checker](../testing.md); "wrong numbers" is\n'
-        "the comparison with the reference. The kernels without faults raise no alarm.\n\n"
-        + table(("fault", "found by", "report"), rows)
-    )
+    return [device_row(device) for device in plan_space.DEVICES]
 
 
-PAGES = {SEEDED_FAULTS: seeded_faults}
+def device_row(device) -> tuple[str, ...]:
+    """Return the row of one device.
+
+    Raises:
+        RuntimeError: a plan has a flaw.
+    """
+    from .plan_space import survey
+
+    found = survey(device)
+    if found.flaws:
+        raise RuntimeError(f"{device.name}: {found.flaws[0]}")
+    numbers = (device.multiprocessors, found.plans, found.waiting, found.most)
+    return device.name, *(f"{number:,}" for number in numbers)
+
+
+def protocols() -> list[tuple[str, ...]]:
+    """Return kernel, exchange, exchanges a step, sums and waits of every protocol."""
+    from . import plan_space
+
+    kinds = set().union(*(plan_space.survey(device).protocols for device in plan_space.DEVICES))
+    return [protocol_row(kind) for kind in sorted(kinds)]
+
+
+def protocol_row(kind) -> tuple[str, ...]:
+    """Return the row of one protocol.
+
+    Raises:
+        RuntimeError: it does not keep the rule.
+    """
+    from .plan_space import protocol
+
+    waits = []
+    for slices in (2, 3):
+        count, found = protocol(kind, slices)
+        if found:
+            raise RuntimeError(f"{kind}: {found[0]}")
+        waits.append(str(count))
+    name, sums = "backward" if kind.backward else "forward", "yes" if kind.rows else "no"
+    return name, kind.exchange, str(kind.exchanges), sums, " and ".join(waits)
+
+
+TABLES = {FAULTS: faults, DEVICES: devices, PROTOCOLS: protocols}
+"""What makes the rows below the line `<!-- table NAME -->` and the table's header."""
+
+
+def _place(name: str) -> tuple[pathlib.Path, re.Match]:
+    """Return the page that has a table, and where its rows are."""
+    pattern = re.compile(rf"<!-- table {name} -->\n\n\|.*\n\| ---.*\n(?P<rows>(?:\|.*\n)*)")
+    for path in FOLDER.glob("*.md"):
+        if found := pattern.search(path.read_text()):
+            return path, found
+    raise ValueError(f"name: expected a table of docs/verification, got {name!r}")
+
+
+def read_rows(name: str) -> list[tuple[str, ...]]:
+    """Return a table's rows as they stand on their page."""
+    lines = _place(name)[1]["rows"].splitlines()
+    return [tuple(cell.strip().replace("\\|", "|") for cell in line[1:-1].split(" | ")) for line in lines]
+
+
+def write_rows(name: str, rows: list[tuple[str, ...]]) -> None:
+    """Put rows in the place of a table's."""
+    path, found = _place(name)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows]
+    text = path.read_text()
+    path.write_text(text[: found.start("rows")] + "".join(lines) + text[found.end("rows") :])
 
 
 def main() -> None:
-    """Write all pages."""
+    """Write all tables, or those that are named."""
     os.environ["TRITON_INTERPRET"] = "1"
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, make in PAGES.items():
-        (FOLDER / f"{name}.md").write_text(make())
+    for name in sys.argv[1:] or TABLES:
+        write_rows(name, TABLES[name]())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from novolstm_triton import plan
-from novolstm_triton.cells import CELLS
 from novolstm_triton.kernels import backward, forward
 from novolstm_triton.launch import KERNELS
 from novolstm_triton.plan import Device, KernelPlan, Pins
@@ -32,7 +31,18 @@ from .seeded_faults import ROOMY, SELF_VALIDATING
 
 DEVICES = (plan.A100, plan.H100, plan.H200, plan.B200, plan.RTX_4090, plan.MI300X)
 
-HIDDEN = (*range(1, 130), *range(144, 1025, 16), 1500, 2048, 3000, 4096)
+HIDDEN = (
+    *range(1, 50),
+    *range(63, 67),
+    100,
+    *range(127, 131),
+    200,
+    *range(255, 258),
+    *range(288, 1025, 32),
+    1500,
+    2048,
+    4096,
+)
 BATCH = (1, 17, 64, 1000)
 DTYPES = (torch.bfloat16, torch.float32)
 PINS = (Pins(), *(Pins(exchange=exchange, exchanges=n) for exchange in ("barrier", "words") for n in (1, 2)))
@@ -98,13 +108,14 @@ class Recorder:
     """Records the sequences of a launch's programs, and what is wrong with them."""
 
     def __init__(self) -> None:
-        self.launches: list[dict[tuple, Sequence]] = []
+        self.launches: list[tuple[bool, dict[tuple, Sequence]]] = []
+        """Whether it is backward's, and the sequences by the programs' indices."""
         self.flaws: list[str] = []
         self._waits_at_write: dict[tuple[int, int], tuple[tuple, int]] = {}
 
     def own(self) -> Sequence:
         """Return the sequence of the program that runs."""
-        return self.launches[-1].setdefault(interpreter.interpreter_builder.grid_idx, Sequence())
+        return self.launches[-1][1].setdefault(interpreter.interpreter_builder.grid_idx, Sequence())
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -117,8 +128,8 @@ class Recorder:
             for kernels in (forward, backward):
                 replace(kernels, "arrive", self._arrive)
                 replace(kernels, "wait", self._wait)
-                replace(kernels, "await_blocks", self._await)
-                replace(kernels, "collect_rows", self._await)
+                replace(kernels, "await_blocks", self._await_blocks)
+                replace(kernels, "collect_rows", self._collect_rows)
             replace(Memory, "__init__", self._begin)
             replace(Memory, "_put", self._put)
             replace(Memory, "_take", self._take)
@@ -127,7 +138,8 @@ class Recorder:
     def _begin(self, operation: Any) -> Any:
         def begin(memory: Memory, *args: Any, **kwargs: Any) -> None:
             operation(memory, *args, **kwargs)
-            self.launches.append({})
+            names = [argument.name for argument in memory._all]
+            self.launches.append(("dz_ptr" in names, {}))
             self._waits_at_write.clear()
 
         return begin
@@ -151,16 +163,26 @@ class Recorder:
 
         return wait
 
-    def _await(self, operation: Any) -> Any:
-        def wait(*args: Any) -> Any:
-            is_words = any(getattr(a, "value", a) == "words" for a in args if isinstance(a, (str, tl.constexpr)))
-            if is_words or operation.fn.__name__ == "await_blocks":
-                own = self.own()
-                own.waits += 1
-                own.events.append(("words",))
+    def _await_blocks(self, operation: Any) -> Any:
+        def await_blocks(*args: Any) -> Any:
+            self._begin_wait_for_words()
             return operation(*args)
 
-        return wait
+        return await_blocks
+
+    def _collect_rows(self, operation: Any) -> Any:
+        def collect_rows(rows_ptr: Any, values: Any, *args: Any) -> Any:
+            texts = [getattr(a, "value", a) for a in args if isinstance(a, (str, tl.constexpr))]
+            if "words" in texts and len(values) > 0:
+                self._begin_wait_for_words()
+            return operation(rows_ptr, values, *args)
+
+        return collect_rows
+
+    def _begin_wait_for_words(self) -> None:
+        own = self.own()
+        own.waits += 1
+        own.events.append(("words",))
 
     def _put(self, operation: Any) -> Any:
         def put(memory: Any, shadow: Any, program: int, words: Any, site: int) -> None:
@@ -185,17 +207,20 @@ class Recorder:
 
 
 def protocol(kind: Protocol, slices: int) -> tuple[int, list[str]]:
-    """Run a layer under the checker; return how many waits of this protocol it had, and what is wrong with them."""
+    """Run a layer with a protocol; return how many waits a program of its kernel had, and what is wrong with any."""
     cells = {"lstm": False, "formula": True}
     cell = next(name for name, rows in cells.items() if rows == kind.rows)
     recorder, words = Recorder(), SELF_VALIDATING if kind.exchange == "words" else ()
     pins: dict[str, Any] = dict(device=ROOMY, slices=slices, chunk=3, exchange=kind.exchange, exchanges=kind.exchanges)
     problem = Problem(steps=5, batch=18, hidden=2 * slices + 1, cell=cell)
-    with cooperative(slices, poison=True, one_writer=True, self_validating=words), plan.forced(**pins):
-        with recorder.recording():
-            problem.run("triton", torch.float32)
+    checks: dict[str, Any] = dict(poison=True, one_writer=True, self_validating=words)
+    with cooperative(slices, **checks), plan.forced(**pins), recorder.recording():
+        problem.run("triton", torch.float32)
     waits, found = 0, list(recorder.flaws)
-    for launch in recorder.launches:
+    for is_backward, launch in recorder.launches:
+        if not launch:
+            # A kernel whose programs have nothing to do with each other.
+            continue
         tiles: dict[int, list[Sequence]] = {}
         for index, sequence in launch.items():
             tiles.setdefault(index[1], []).append(sequence)
@@ -207,10 +232,32 @@ def protocol(kind: Protocol, slices: int) -> tuple[int, list[str]]:
             for event in sequences[0].events:
                 if event[0] == "wait" and event[1] != slices * event[2]:
                     found.append(f"a wait for {event[1]} arrivals of {slices} programs that made {event[2]} each")
-            waits += sum(event[0] != "arrive" for event in sequences[0].events)
+            if is_backward == kind.backward:
+                waits += sum(event[0] != "arrive" for event in sequences[0].events)
     return waits, found
 
 
-def cells_of(kind: Protocol) -> list[str]:
-    """Return the cells whose kernels follow a protocol."""
-    return [cell for cell in CELLS if bool(KERNELS[cell].partial_rows) == kind.rows]
+@dataclasses.dataclass
+class Survey:
+    """What there is for a device."""
+
+    plans: int = 0
+    waiting: int = 0
+    """Plans with several slices, whose programs wait for each other."""
+    most: int = 0
+    """Most programs that wait for each other in one launch."""
+    protocols: set[Protocol] = dataclasses.field(default_factory=set)
+    flaws: list[str] = dataclasses.field(default_factory=list)
+
+
+def survey(device: Device) -> Survey:
+    """Look at every plan for a device."""
+    result = Survey()
+    for cell, is_backward, hidden, batch, kernel_plan in plans(device):
+        result.plans += 1
+        result.flaws += [f"{cell}, H={hidden}, B={batch}: {flaw}" for flaw in flaws(device, hidden, kernel_plan)]
+        if kernel_plan.slices > 1:
+            result.waiting += 1
+            result.most = max(result.most, kernel_plan.slices * kernel_plan.tiles_per_launch)
+            result.protocols.add(protocol_of(cell, is_backward, kernel_plan))
+    return result
