@@ -3,6 +3,9 @@
 Run it without a GPU: `TRITON_INTERPRET=1 python examples/find_a_race.py`. Needs triton and the extra `testing`.
 """
 
+# A type checker takes kernels for plain Python.
+# pyright: reportArgumentType=false
+
 import torch
 import triton
 import triton.language as tl

@@ -69,11 +69,13 @@ class Case:
     exchanges: int | None = None
     nan: bool = False
     """Whether h_0 holds a NaN of all ones."""
+    max_spins: int | None = None
 
     def run(self, seed: int | None) -> None:
         """Run forward and backward with every check on, and compare the numbers with those of the reference."""
         words = SELF_VALIDATING if self.exchange == "words" else ()
         pins: dict[str, Any] = dict(slices=2, chunk=3, exchange=self.exchange, exchanges=self.exchanges)
+        pins["max_spins"] = self.max_spins
         checks: dict[str, Any] = dict(poison=True, one_writer=True, self_validating=words)
         with cooperative(seed, **checks), plan.forced(device=ROOMY, **pins):
             if self.nan:
@@ -92,6 +94,7 @@ PROBLEM = Problem(steps=4, batch=3, hidden=8)
 TWO = Case(PROBLEM, exchanges=2)
 ONE = Case(PROBLEM, exchanges=1)
 PLAIN = Case(dataclasses.replace(PROBLEM, cell="lstm"))
+BOUNDED = Case(PROBLEM, exchanges=2, max_spins=60)
 TILES = Case(dataclasses.replace(PROBLEM, batch=18, steps=3), exchanges=2)
 BOTH = Case(dataclasses.replace(PROBLEM, bidirectional=True), exchanges=2)
 LENGTHS = Case(dataclasses.replace(PROBLEM, lengths=True), exchanges=2)

@@ -305,9 +305,9 @@ def hand_over_words(x_ptr, answer_ptr, plain_ptr, y_ptr, steps, ANSWER: tl.const
 
 
 def run_words(seed, **options):
-    buffers = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+    x, answer, plain, y = (torch.zeros(1, dtype=torch.int32) for _ in range(4))
     with cooperative(seed, self_validating=["x_ptr", "answer_ptr"]):
-        hand_over_words[(2,)](*buffers, 3, **options)
+        hand_over_words[(2,)](x, answer, plain, y, 3, **options)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

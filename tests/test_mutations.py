@@ -6,12 +6,12 @@ import pytest
 
 from novolstm_triton.testing import GridError
 
-from .seeded_faults import ONE, PLAIN, TWO, mutated, source_of
+from .seeded_faults import BOUNDED, ONE, PLAIN, TWO, mutated, source_of
 
 NAMES = ("forward", "backward", "exchange")
 SYNCHRONISATION = re.compile(r"^\s+(arrive\(|wait\(|arrivals \+= |tl\.debug_barrier|tl\.atomic_add)")
-# Two exchanges in a step of backward, or one; the plain LSTM has one anyway.
-CASES = (TWO, ONE, PLAIN)
+# Two exchanges in a step of backward, or one; the plain LSTM has one anyway. Bounded waits have lines of their own.
+CASES = (TWO, ONE, PLAIN, BOUNDED)
 
 
 def removals() -> list:
@@ -32,9 +32,9 @@ def removals() -> list:
 def test_removals_cover_both_kernels():
     files = [case.values[0] for case in removals()]
     # Two arrivals and their counts in each kernel; two waits in forward, and four in backward, of which a step with two
-    # exchanges takes two, one with companions the third and a plain LSTM's the fourth; three operations and two orders
-    # in the exchange.
-    assert {name: files.count(name) for name in NAMES} == {"forward": 6, "backward": 8, "exchange": 4}
+    # exchanges takes two, one with companions the third and a plain LSTM's the fourth; three operations and four
+    # orders in the exchange, two of them of bounded waits.
+    assert {name: files.count(name) for name in NAMES} == {"forward": 6, "backward": 8, "exchange": 6}
 
 
 @pytest.mark.parametrize("name", NAMES)

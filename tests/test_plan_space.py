@@ -12,7 +12,7 @@ from .pages import DEVICES as DEVICE_TABLE
 from .pages import PROTOCOLS as PROTOCOL_TABLE
 from .pages import device_row, protocol_row, read_rows
 from .plan_space import DEVICES, Protocol, flaws, protocol, survey
-from .seeded_faults import FAULTS, ROOMY, TWO, mutated
+from .seeded_faults import BOUNDED, FAULTS, ROOMY, TWO, mutated
 
 ROWS = {
     Protocol(kernel == "backward", exchange, int(exchanges), sums == "yes"): (kernel, exchange, exchanges, sums, waits)
@@ -68,10 +68,10 @@ def test_launch_with_more_programs_than_the_device_holds_is_refused(monkeypatch)
         return dataclasses.replace(found, forward=dataclasses.replace(found.forward, tiles_per_launch=2, tiles=2))
 
     monkeypatch.setattr(launch.planning, "plan", too_many)
-    with pytest.raises(ValueError, match=r"4 programs wait for each other, and roomy holds 3"):  # noqa: SIM117
-        with cooperative() as report, plan.forced(device=small, slices=2):
+    with cooperative() as report, plan.forced(device=small, slices=2):
+        with pytest.raises(ValueError, match=r"4 programs wait for each other, and roomy holds 3"):
             TWO.problem.run("triton", torch.float32)
-    assert report.programs == 0
+        assert report.programs == 0
 
 
 def hung(name: str, exchange: str = "barrier") -> str:
@@ -105,5 +105,4 @@ def test_bounded_waits_name_the_slice_that_is_late():
 
 @pytest.mark.parametrize("exchange", ["barrier", "words"])
 def test_bounded_waits_change_nothing_where_nobody_is_late(exchange):
-    with plan.forced(max_spins=60):
-        dataclasses.replace(TWO, exchange=exchange).run(0)
+    dataclasses.replace(BOUNDED, exchange=exchange).run(0)

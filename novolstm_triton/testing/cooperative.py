@@ -22,6 +22,7 @@ import textwrap
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 from unittest import mock
 
 import greenlet
@@ -209,14 +210,15 @@ class _Grid:
         mask = np.broadcast_to(np.asarray(mask.data, dtype=bool), pointers.data.shape)
         addresses = pointers.data[mask]
         program.site, program.address = self.sites.here(), int(addresses[0]) if len(addresses) else 0
-        if self._loop is not None:
-            self._note_step(program)
+        self._note_step(program)
         self.report.switches += 1
         self._scheduler.switch()
         return program, addresses, max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
     def _note_step(self, program: Program) -> None:
         """Look up the loop variable in the kernel's frame."""
+        if self._loop is None:
+            return
         names, filename = self._loop
         frame = sys._getframe(2)
         while frame is not None:
@@ -315,9 +317,10 @@ def _loop_variable(kernel) -> tuple[tuple[str, str], str] | None:
     except (OSError, TypeError, SyntaxError):
         return None
     for node in ast.walk(tree):
+        if not isinstance(node, ast.For) or not isinstance(node.target, ast.Name):
+            continue
         # Loops that are unrolled are no steps.
-        is_loop = isinstance(node, ast.For) and "static_range" not in ast.unparse(node.iter)
-        if is_loop and isinstance(node.target, ast.Name):
+        if "static_range" not in ast.unparse(node.iter):
             return (function.__name__, node.target.id), str(filename)
     return None
 
@@ -379,8 +382,8 @@ class _Session:
 
         convert = interpreter._implicit_cvt
 
-        def tagged(argument):
-            result = convert(argument)
+        def tagged(argument: Any) -> Any:
+            result: Any = convert(argument)
             for number, (_, tensor) in enumerate(grid.tensors, 1):
                 if tensor is argument:
                     data = result.handle.data | np.uint64(number << TAG_SHIFT)

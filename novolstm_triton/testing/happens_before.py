@@ -167,7 +167,7 @@ class _Shadow:
         self.empty: np.ndarray | None = None
         if empty is not None and empty.any():
             # A word is empty as long as one of its bytes is.
-            self.empty = empty[: words << self.shift].reshape(words, -1).any(1)
+            self.empty = np.any(empty[: words << self.shift].reshape(words, -1), axis=1)
 
     def words(self, addresses: np.ndarray, item_bytes: int) -> np.ndarray:
         """Return the words that items at these addresses cover."""
