@@ -352,7 +352,7 @@ def candidates(
             candidate = _candidate(*sizes, slicing, tile, resident, backward, pins)
             least_smem = min(candidate.smem_bytes, least_smem or candidate.smem_bytes)
             if candidate.smem_bytes <= device.smem_bytes:
-                spills = not _fits_registers(hidden, device, tile, slicing.ctas, resident, backward)
+                spills = not _fits_registers(hidden, device, CELLS[cell], tile, slicing.ctas, resident, backward)
                 fitting.append((0 if anything else 2 * spills + slow, candidate))
                 break
     if not fitting:
@@ -365,7 +365,13 @@ def candidates(
 
 
 def _fits_registers(
-    hidden: int, device: Device, tile: tuple[int, int, int, int], ctas: int, resident: bool, backward: bool
+    hidden: int,
+    device: Device,
+    cell: Cell,
+    tile: tuple[int, int, int, int],
+    ctas: int,
+    resident: bool,
+    backward: bool,
 ) -> bool:
     """Return whether a tile's gates, statistics and gradients stay in registers; the compilers were asked.
 
@@ -374,12 +380,17 @@ def _fits_registers(
     all of them on one with it.
     """
     block_b, block_n, block_k, _ = tile
-    if block_b * block_n // ctas > _ELEMENTS:
+    if block_b * block_n // ctas * _tiles_alive(cell) > _ELEMENTS:
         return False
     if block_b < 64:
         return True
     critical = _has_wgmma(device) if backward else block_n >= 32 and not _has_wgmma(device)
     return not critical and not (resident and block_k < hidden)
+
+
+def _tiles_alive(cell: Cell) -> int:
+    """Return how many times as many tiles as usual a step keeps: with norms of f, g, o also their x̂ and dx̂."""
+    return 2 if cell.gate_norms else 1
 
 
 def _has_wgmma(device: Device) -> bool:
@@ -497,7 +508,7 @@ def _candidate(
     words = slices > 1 and pins.exchange == "words"
     # Fewest that keep every register on chip, as the compile report shows: on a tile of 16 columns further warps repeat
     # the product. On AMD more warps get fewer registers.
-    crowded = elements > 512 or words or (backward and elements == 512 and not resident)
+    crowded = elements * _tiles_alive(cell) > 512 or words or (backward and elements == 512 and not resident)
     crowded = crowded or (block_b == 32 and block_k < min(hidden, 512))
     if pins.num_warps is not None:
         num_warps = pins.num_warps
