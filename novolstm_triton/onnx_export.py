@@ -19,22 +19,9 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-def layer(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    lengths: Tensor | None = None,
-    h_mask: Tensor | None = None,
-    kept: Tensor | None = None,
-    weight_hr: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Record `reference.layer`, whose arguments and results these are."""
+def layer(*operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Record `reference.layer`, whose operands, in their order, options and results these are."""
+    x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, kept, weight_hr = operands
     extras = (h_mask, kept, weight_hr)
     regularised = options["zoneout_h"] or options["zoneout_c"] or any(a is not None for a in extras)
     if options["cell"] == "lstm" and not regularised:
