@@ -85,16 +85,17 @@ class Case(NamedTuple):
             same_plan = dataclasses.replace(self.plan(), tiles=0, tiles_per_launch=0, step_us=0.0)
         except ValueError:
             return self
-        return self._replace(batch=0, pins=planning.Pins()), same_plan
+        return self._replace(batch=0, pins=planning.Pins(max_spins=self.pins.max_spins)), same_plan
 
 
 def compile_kernel(case: Case) -> dict:
     """Compile one kernel and return its row of the report."""
     kernel, device, kernel_plan, dtype = KERNELS[case.kernel], DEVICES[case.arch], case.plan(), case.dtype
     precision = "tf32x3" if dtype == "fp32" and device.backend == "cuda" else "ieee"
-    constants = kernel_constants(
-        kernel, case.cell, case.hidden, kernel_plan, case.options, precision, directions=case.directions
-    )
+    with planning.in_force(case.pins):
+        constants = kernel_constants(
+            kernel, case.cell, case.hidden, kernel_plan, case.options, precision, directions=case.directions
+        )
     given = dict(lengths_ptr=case.options.lengths, h_mask_ptr=case.options.h_mask)
     given["kept_ptr"] = case.options.zoneout == "masks"
     constants |= {name: None for name, there in given.items() if not there and name in kernel.arg_names}
@@ -226,6 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
     parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
     parser.add_argument("--warps", type=int, help="per program, likewise")
+    parser.add_argument("--max-spins", type=int, help="bound every wait, for finding mistakes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -241,6 +243,7 @@ def main() -> int:
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.cell
     )
     pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
+    pins = dataclasses.replace(pins, max_spins=arguments.max_spins)
     options = WalkOptions(arguments.lengths, arguments.h_mask, arguments.zoneout)
     cases = [Case(*sizes, options, arguments.directions, pins) for sizes in grid]
     print(f"triton {triton.__version__}, {len(cases)} kernels")

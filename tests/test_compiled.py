@@ -108,6 +108,13 @@ def test_other_exchanges_compile(tmp_path, options):
     assert (forward["cluster_barriers"] > 0) == ("cluster" in options)
 
 
+@pytest.mark.parametrize("exchange", ["barrier", "words"])
+def test_bounded_waits_compile(tmp_path, exchange):
+    sizes = ["--arch", "sm_90", "--hidden", "256", "--batch", "16", "--kernel", "forward_kernel", "backward_kernel"]
+    for row in report(tmp_path / "report.json", *sizes, "--exchange", exchange, "--max-spins", "1000"):
+        assert (row["releases"] > 0) == (exchange == "barrier")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
