@@ -41,6 +41,7 @@ from gpu_tasks import (
     least_seconds,
     next_task,
     smoke_tasks,
+    with_bounded_waits,
     without_lost,
 )
 
@@ -171,6 +172,7 @@ class Run:
                     break
                 rest = without_lost(task, lost.at)
                 results = failed(task, str(lost), lost.at if rest else "")
+                rest = rest or with_bounded_waits(task, str(lost))
             else:
                 rest = None
                 results = failed(task, result["failure"]) if "failure" in result else result["results"]

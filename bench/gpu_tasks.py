@@ -197,3 +197,10 @@ def without_lost(task: Task, at: str) -> Task | None:
     entries = task.get("entries", [])
     rest = [e for e in entries if entry_name(e) != at]
     return dict(task, entries=rest) if 0 < len(rest) < len(entries) else None
+
+
+def with_bounded_waits(task: Task, reason: str) -> Task | None:
+    """Return a check that was silent once more, with waits that end and say who waited for whom; None for others."""
+    if task["kind"] != "check" or "silent" not in reason or "max_spins" in task["pins"]:
+        return None
+    return dict(task, name=f"{task['name']}, waits bounded", pins=task["pins"] | dict(max_spins=10**6))

@@ -129,6 +129,12 @@ def test_lost_entry_is_left_out_of_the_rest():
     assert gpu_tasks.without_lost(rest, "nn.LSTM bf16") is None
     assert gpu_tasks.without_lost(task, "") is None
     assert gpu_tasks.without_lost(gpu_tasks.check("exact", 1, 1, 1, "fp32"), "triton") is None
+    check = gpu_tasks.check("exact", 1, 1, 1, "fp32")
+    again = gpu_tasks.with_bounded_waits(check, "silent for 30 s")
+    assert again == check | dict(name=f"{check['name']}, waits bounded", pins=dict(max_spins=10**6))
+    assert gpu_tasks.with_bounded_waits(again, "silent for 30 s") is None
+    assert gpu_tasks.with_bounded_waits(check, "the process ended with 1") is None
+    assert gpu_tasks.with_bounded_waits(task, "silent for 30 s") is None
     (row,) = gpu_results.failed(task, "silent", "novolstm bf16")
     assert (row["layer"], row["error"]) == ("novolstm", "silent")
     assert len(gpu_results.failed(task, "silent")) == 2
