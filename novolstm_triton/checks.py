@@ -55,7 +55,11 @@ def check_int(value: Any, name: str, least: int = 1, most: int | None = None) ->
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raise TypeError unless a tensor is of the ordinary kind: neither sparse nor nested, nor in a layout of oneDNN."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").lstrip("_")
-        raise TypeError(f"{name}: expected a dense Tensor, got a {kind} one")
+    """Raise TypeError unless a tensor is of the ordinary kind: not sparse, nested or quantised, nor laid out by oneDNN."""
+    if tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.").lstrip("_")
+    elif tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantised"
+    else:
+        return
+    raise TypeError(f"{name}: expected a dense Tensor, got a {kind} one")

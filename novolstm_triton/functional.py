@@ -735,7 +735,7 @@ def _check_extras(
 def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if lengths is None:
         return None
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.is_quantized or lengths.dtype == torch.bool:
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer Tensor, got {lengths.dtype}")
     if tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: expected shape [{x.shape[1]}], got {list(lengths.shape)}")
