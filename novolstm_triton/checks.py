@@ -55,7 +55,7 @@ def check_int(value: Any, name: str, least: int = 1, most: int | None = None) ->
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raise TypeError unless a tensor is of the ordinary kind: not sparse, nested or quantised, nor laid out by oneDNN."""
+    """Raise TypeError unless a tensor is an ordinary one: not sparse, nested or quantised, nor in oneDNN's layout."""
     if tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.").lstrip("_")
     elif tensor.is_nested or tensor.is_quantized:

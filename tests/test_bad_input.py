@@ -314,8 +314,8 @@ LAYERS: dict[str, tuple] = {
     ),
     "input-quantised": (
         lambda c: c(I, H)(unusual("quantised", T, B, I)),
-        ValueError,
-        "RNN input dtype (torch.qint8) does not",
+        TypeError,
+        "input: expected a dense Tensor, got a quantised one",
     ),
     "state-sparse": (
         lambda c: c(I, H)(X, (STATE, STATE.to_sparse())),
