@@ -126,7 +126,7 @@ class _Tree:
         for key in group:
             if not isinstance(group.get(key, getlink=True), self._h5py.HardLink):
                 raise ValueError(f"{group.name}/{key} is a link")
-        return dict(group.items())
+        return {key: group[key] for key in group}
 
     def _cell_arrays(self, members: dict[str, Any]) -> list[np.ndarray]:
         """Return a cell's variables, then those of its parts, such as a layer normalisation."""
