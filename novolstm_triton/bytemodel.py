@@ -3,7 +3,7 @@
 import json
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,11 @@ class ByteModel(nn.Module):
 
     def __init__(self, cell: str, hidden: int, layers: int, **options: Any) -> None:
         super().__init__()
-        if cell not in CELLS:
-            raise ValueError(f"cell: expected one of {list(CELLS)}, got {cell!r}")
-        if cell == "lstm" and options:
-            raise TypeError(f"options: expected none for nn.LSTM, got {sorted(options)}")
-        check_positive(hidden=hidden, layers=layers)
+        _check_arguments(cell, hidden, layers, options)
         # The recurrent layer comes last: for one seed, the others start the same whatever the cell.
         self.embedding = nn.Embedding(256, hidden)
         self.head = nn.Linear(hidden, 256)
-        self.rnn = (
-            NovoLSTM(hidden, hidden, layers, **options) if cell == "novolstm" else nn.LSTM(hidden, hidden, layers)
-        )
+        self.rnn = _recurrent(cell, hidden, layers, options)
         self.arguments = {"cell": cell, "hidden": hidden, "layers": layers, **options}
 
     def forward(
@@ -54,6 +48,18 @@ class ByteModel(nn.Module):
         """Return logits of the next bytes [T, B, 256] and the state (h, c), [L, B, H] each, after tokens [T, B]."""
         hidden, (h, c) = self.rnn(self.embedding(tokens), state)
         return self.head(hidden), (h, c)
+
+
+def _check_arguments(cell: str, hidden: int, layers: int, options: Mapping[str, Any]) -> None:
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {list(CELLS)}, got {cell!r}")
+    if cell == "lstm" and options:
+        raise TypeError(f"options: expected none for nn.LSTM, got {sorted(options)}")
+    check_positive(hidden=hidden, layers=layers)
+
+
+def _recurrent(cell: str, hidden: int, layers: int, options: Mapping[str, Any]) -> NovoLSTM | nn.LSTM:
+    return NovoLSTM(hidden, hidden, layers, **options) if cell == "novolstm" else nn.LSTM(hidden, hidden, layers)
 
 
 def save_model(model: ByteModel, path: str | os.PathLike[str]) -> None:
@@ -107,10 +113,15 @@ def _described(file: Any) -> ByteModel:
     arguments = strict_json(metadata["model"])
     if not isinstance(arguments, dict) or not {"cell", "hidden", "layers"} <= arguments.keys():
         raise ValueError(f"expected a description with cell, hidden and layers, got {reprlib.repr(arguments)}")
-    # Before any layer is made: what is said has to be there.
+    # Before anything is allocated: what is said has to be there.
     check_int(arguments["layers"], "layers", most=len(shapes))
+    options = {name: value for name, value in arguments.items() if name not in ("cell", "hidden", "layers")}
+    cell, hidden, layers = (arguments[name] for name in ("cell", "hidden", "layers"))
+    _check_arguments(cell, hidden, layers, options)
+    expected = {"embedding.weight": [256, hidden], "head.weight": [256, hidden], "head.bias": [256]}
     with torch.device("meta"):
-        expected = {name: list(value.shape) for name, value in ByteModel(**arguments).state_dict().items()}
+        rnn = _recurrent(cell, hidden, layers, options)
+    expected |= {f"rnn.{name}": list(value.shape) for name, value in rnn.state_dict().items()}
     for name in expected.keys() | shapes.keys():
         if shapes.get(name) != expected.get(name):
             raise ValueError(f"{name}: expected shape {expected.get(name)}, got {shapes.get(name)}")
