@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import math
 import os
+import reprlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -166,6 +168,8 @@ def tune_command(
             _names("--cell", cell, tuple(CELL_NAMES)),
         )
     )
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout: expected a finite number, got {timeout}")
     if not torch.cuda.is_available():
         return _fail("tune measures plans on a GPU, and PyTorch sees none here", 1)
     failed = tune.tune(wanted, out, steps=steps, candidates=candidates, timeout_s=timeout)
@@ -208,8 +212,9 @@ def _sizes(option: str, text: str) -> list[int]:
         sizes = [int(size) for size in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
-        raise UsageError(f"{option}: expected numbers of at least 1 with commas between them, got {text!r}")
+    if min(sizes) < 1 or max(sizes) > tuned.MAX_SIZE:
+        wanted = f"numbers of at least 1, at most {tuned.MAX_SIZE}, with commas between them"
+        raise UsageError(f"{option}: expected {wanted}, got {reprlib.repr(text)}")
     return list(dict.fromkeys(sizes))
 
 

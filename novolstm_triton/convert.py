@@ -145,13 +145,16 @@ def convert_model(
         The converted model, and the report, whose str() is the table.
 
     Raises:
-        TypeError: `model` is no module, or there is no such option.
+        TypeError: `model` is no module, a flag no bool, or there is no such option.
         ValueError: there is no such target, or an option does not fit a layer. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {list(TARGETS)}, got {to!r}")
+    for name, flag in (("inplace", inplace), ("verbose", verbose)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {flag!r}")
     cls = LSTM if to == "lstm" else NovoLSTM
     check_fixed(options, _FIXED, "each layer")
     # Wrong options are an error in a model without LSTMs, too.

@@ -9,6 +9,7 @@ import contextvars
 import importlib
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from novolstm_triton import onnx_export, reference
 from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.checks import check_dense, check_finite, is_number, is_share
 from novolstm_triton.plan import Pins, chunk_steps, constant_in_graphs, in_force, pinned
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -145,7 +147,8 @@ def novolstm(
         ValueError: a shape, device, length, option or backend that does not fit.
     """
     cell = novolstm_cell(variant, layer_norm)
-    options = _Options(CELLS[cell].eps if eps is None else float(eps), float(gate_gain), *zoneout, cell, reverse)
+    eps = CELLS[cell].eps if eps is None else check_finite(eps, "eps", "a positive finite number", above=0)
+    options = _options(eps, check_finite(gate_gain, "gate_gain"), zoneout, cell, reverse)
     given = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     return _layer(given, weight_hr, _Extras(lengths, h_mask, zoneout_mask), options, backend)
 
@@ -192,12 +195,8 @@ def lstm(
         TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
         ValueError: a shape, device, length, option or backend that does not fit.
     """
-    options = _Options(0.0, 1.0, *zoneout, "lstm", reverse)
-    if isinstance(weight_ih, Tensor):
-        none = weight_ih.new_empty(*weight_ih.shape[:-2], 0)
-        given = (x, h_0, c_0, weight_ih, weight_hh, bias, none, none)
-    else:
-        given = (x, h_0, c_0, weight_ih, weight_hh, bias, None, None)
+    options = _options(CELLS["lstm"].eps, 1.0, zoneout, "lstm", reverse)
+    given = (x, h_0, c_0, weight_ih, weight_hh, bias, None, None)
     return _layer(given, weight_hr, _Extras(lengths, h_mask, zoneout_mask), options, backend)
 
 
@@ -212,6 +211,23 @@ class _Options(NamedTuple):
     reverse: bool
 
 
+def _options(eps: float, gate_gain: float, zoneout: Any, cell: str, reverse: Any) -> _Options:
+    """Check what the functions share of them.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: one out of range.
+    """
+    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2 or not all(map(is_number, zoneout)):
+        raise TypeError(f"zoneout: expected a pair of numbers, the shares of h and c, got {reprlib.repr(zoneout)}")
+    for name, share in zip("hc", zoneout, strict=True):
+        if not is_share(share):
+            raise ValueError(f"zoneout: expected shares of h and c from 0 to 1, got {share} of {name}")
+    if not isinstance(reverse, bool):
+        raise TypeError(f"reverse: expected a bool, got {reprlib.repr(reverse)}")
+    return _Options(eps, gate_gain, float(zoneout[0]), float(zoneout[1]), cell, reverse)
+
+
 class _Extras(NamedTuple):
     """Tensors that no gradient goes to, each perhaps None."""
 
@@ -224,6 +240,7 @@ def _layer(
     given: tuple[Tensor | None, ...], weight_hr: Tensor | None, extras: _Extras, options: _Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check the eight tensors of a layer and all else, choose the backend, and run one direction or both."""
+    _check_kinds(given, weight_hr, extras, options.cell)
     has_h_0, arguments = given[1] is not None, _filled(given, weight_hr)
     device = arguments[0].device
     if autocast_is_on(device):
@@ -265,33 +282,60 @@ def _autocast(a: Tensor) -> Tensor:
     return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
-def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
-    """Put zeros for the states and the bias where there are none.
+def _check_kinds(given: tuple[Tensor | None, ...], weight_hr: Tensor | None, extras: _Extras, cell: str) -> None:
+    """Check that all that should be a tensor is one, and an ordinary one.
 
     Raises:
-        TypeError: an argument is no tensor.
+        TypeError: an argument is none.
     """
-    for name, argument in zip((*_GRADIENTS, "weight_hr"), (*given, weight_hr), strict=True):
-        optional = name in ("h_0", "c_0", "bias", "weight_hr")
-        if not isinstance(argument, Tensor) and not (optional and argument is None):
-            raise TypeError(f"{name}: expected a Tensor, got {type(argument).__name__}")
+    named = zip(
+        (*_GRADIENTS, "weight_hr", "lengths", "h_mask", "zoneout_mask"), (*given, weight_hr, *extras), strict=True
+    )
+    needed = ("x", "weight_ih", "weight_hh", *(("ln_weight", "ln_bias") if CELLS[cell].normalised else ()))
+    kinds = {
+        "lengths": "an integer Tensor",
+        "h_mask": "a Tensor of the dtype of x",
+        "zoneout_mask": "a Tensor of torch.uint8",
+    }
+    for name, argument in named:
+        if argument is None and name not in needed:
+            continue
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name}: expected {kinds.get(name, 'a Tensor')}, got {type(argument).__name__}")
+        check_dense(argument, name)
+
+
+def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
+    """Put zeros for the states and the bias where there are none, and nothing for norms that the cell has not.
+
+    Raises:
+        ValueError: a rank of what their shapes follow from.
+    """
     tensors: dict[str, Any] = dict(zip(_GRADIENTS, given, strict=True))
     x, weight_ih, weight_hh = (tensors[name] for name in ("x", "weight_ih", "weight_hh"))
-    both = "2, " if weight_ih.dim() == 3 else ""
-    for name, tensor, ranks, wanted in (
-        ("x", x, (3,), "[T, B, I]"),
-        ("weight_ih", weight_ih, (2, 3), "[G·H, I] or [2, G·H, I]"),
-        ("weight_hh", weight_hh, (weight_ih.dim(),), f"[{both}R·H, H]"),
+    lead, both = tuple(weight_ih.shape[:-2]), "2, " if weight_ih.dim() == 3 else ""
+    for name, tensor, fits, wanted in (
+        ("x", x, x.dim() == 3, "[T, B, I]"),
+        ("weight_ih", weight_ih, weight_ih.dim() > 1 and lead in ((), (2,)), "[G·H, I] or [2, G·H, I]"),
+        ("weight_hh", weight_hh, _are_matrices(weight_hh, lead), f"[{both}R·H, H]"),
+        ("weight_hr", weight_hr, weight_hr is None or _are_matrices(weight_hr, lead), f"[{both}P, H]"),
     ):
-        if tensor.dim() not in ranks:
+        if not fits:
             raise ValueError(f"{name}: expected {wanted}, got shape {list(tensor.shape)}")
-    lead, hidden = weight_ih.shape[:-2], (weight_hh if weight_hr is None else weight_hr).shape[-1]
+    hidden = (weight_hh if weight_hr is None else weight_hr).shape[-1]
     shapes = {
         "h_0": (*lead, x.shape[1], weight_hh.shape[-1]),
         "c_0": (*lead, x.shape[1], hidden),
         "bias": weight_ih.shape[:-1],
+        "ln_weight": (*lead, 0),
+        "ln_bias": (*lead, 0),
     }
     return tuple(x.new_zeros(shapes[name]) if a is None else a for name, a in tensors.items())
+
+
+def _are_matrices(tensor: Tensor, lead: tuple[int, ...]) -> bool:
+    """Return whether a tensor is a matrix, or, with leading dimensions, several."""
+    return tensor.dim() == len(lead) + 2 and tuple(tensor.shape[:-2]) == lead
 
 
 def _run(
@@ -619,13 +663,13 @@ def _check_backend_name(name: str, where: str) -> None:
 
 
 def _check_tensors(arguments: tuple[Tensor, ...], weight_hr: Tensor | None, cell: str, directions: int) -> None:
-    x, h_0 = arguments[:2]
+    x, h_0, _, _, weight_hh, *_ = arguments
     named: list[tuple[str, Tensor]] = list(zip(_GRADIENTS, arguments, strict=True))
     if weight_hr is not None:
         named.append(("weight_hr", weight_hr))
     for name, tensor in named:
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise TypeError(f"{name}: expected a floating dtype of at least 16 bits, got {tensor.dtype}")
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
@@ -634,26 +678,32 @@ def _check_tensors(arguments: tuple[Tensor, ...], weight_hr: Tensor | None, cell
     if h_0.dim() != 2 + len(lead):
         wanted = "[B, H]" if directions == 1 else "[2, B, H]"
         raise ValueError(f"h_0: expected {wanted}, got shape {list(h_0.shape)}")
-    (steps, batch, inputs), projected = x.shape, h_0.shape[-1]
+    (steps, batch, inputs), projected = x.shape, weight_hh.shape[-1]
     hidden = projected if weight_hr is None else weight_hr.shape[-1]
-    if steps < 1 or projected < 1 or hidden < 1:
-        raise ValueError(f"expected at least one step and unit, got x {list(x.shape)}, h_0 {list(h_0.shape)}")
+    # Like nn.LSTM, which has no features of zero either.
+    if steps < 1 or inputs < 1:
+        raise ValueError(f"x: expected at least one step and one feature, got shape {list(x.shape)}")
+    if projected < 1 or hidden < 1:
+        name, tensor = ("weight_hh", weight_hh) if weight_hr is None else ("weight_hr", weight_hr)
+        raise ValueError(f"{name}: expected at least one unit, got shape {list(tensor.shape)}")
     blocks = CELLS[cell]
     gates, norms = len(blocks.gates) * hidden, (len(blocks.normalised) * hidden,)
     shapes = {
+        # The sizes are taken from these two and x, so that they come first.
+        "weight_hr": (projected, hidden),
+        "weight_hh": (blocks.recurrent * hidden, projected),
         "h_0": (batch, projected),
         "c_0": (batch, hidden),
         "weight_ih": (gates, inputs),
-        "weight_hh": (blocks.recurrent * hidden, projected),
         "bias": (gates,),
         "ln_weight": norms,
         "ln_bias": norms,
-        "weight_hr": (projected, hidden),
     }
-    for name, tensor in named[1:]:
-        shape = (*lead, *shapes[name])
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    given = dict(named)
+    for name, own in shapes.items():
+        shape = (*lead, *own)
+        if name in given and tuple(given[name].shape) != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(given[name].shape)}")
 
 
 def _check_extras(
@@ -665,9 +715,6 @@ def _check_extras(
     zoneout = extras.kept is not None or options.zoneout_h or options.zoneout_c
     if weight_hr is not None and (extras.h_mask is not None or zoneout):
         raise ValueError("weight_hr: a projected layer has no recurrent dropout and no zoneout")
-    for name, share in (("h", options.zoneout_h), ("c", options.zoneout_c)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"zoneout: expected shares of h and c from 0 to 1, got {share} of {name}")
     directions = h_0.shape[0] if h_0.dim() == 3 else 1
     kept_shape = (*x.shape[:2], directions * h_0.shape[-1])
     for name, mask, dtype, shape in (
@@ -676,9 +723,8 @@ def _check_extras(
     ):
         if mask is None:
             continue
-        if not isinstance(mask, Tensor) or mask.dtype != dtype:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"{name}: expected a Tensor of {dtype}, got {got}")
+        if mask.dtype != dtype:
+            raise TypeError(f"{name}: expected a Tensor of {dtype}, got {mask.dtype}")
         if tuple(mask.shape) != shape or mask.device != x.device:
             got = f"{list(mask.shape)} on {mask.device}"
             raise ValueError(f"{name}: expected shape {list(shape)} on {x.device}, got {got}")
@@ -689,14 +735,16 @@ def _check_extras(
 def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if lengths is None:
         return None
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths: expected an integer Tensor, got {got}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer Tensor, got {lengths.dtype}")
     if tuple(lengths.shape) != (x.shape[1],):
         raise ValueError(f"lengths: expected shape [{x.shape[1]}], got {list(lengths.shape)}")
+    if lengths.is_meta and not x.is_meta:
+        raise ValueError(f"lengths: expected a Tensor with values, got one on {lengths.device}")
     # On a GPU the values stay unread (that would stall the stream): the backends clamp them by comparing with t.
     if lengths.device.type == "cpu" and lengths.numel() and _is_readable(lengths):
-        low, high = (int(v) for v in torch.aminmax(lengths))
+        # PyTorch compares no unsigned integers of more than 8 bits.
+        low, high = (int(v) for v in torch.aminmax(lengths.to(torch.int64)))
         if low < 0 or high > x.shape[0]:
             raise ValueError(f"lengths: expected values from 0 to {x.shape[0]}, got {low} to {high}")
     return lengths.to(device=x.device, dtype=torch.int32)

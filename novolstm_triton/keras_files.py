@@ -10,17 +10,19 @@ import contextlib
 import dataclasses
 import importlib
 import io
-import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 
+from novolstm_triton.files import check_inflated, check_regular, read_entry, strict_json
+
 R = TypeVar("R")
 
-_DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile)
+_DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 _CONFIGURED = {"activation": "tanh", "recurrent_activation": "sigmoid", "merge_mode": "concat"}
 """What the layer in the file has to be configured with, if it says: this library has nothing else."""
@@ -54,6 +56,7 @@ def read_layer(path: str, layer: str | None, split: Callable[[list[np.ndarray]],
         h5py = importlib.import_module("h5py")
     except ModuleNotFoundError as error:
         raise ImportError(f"{path}: reading it needs h5py: pip install 'novolstm-triton[keras]'") from error
+    check_regular(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: expected a .weights.h5 or .keras file, found none")
     try:
@@ -69,47 +72,88 @@ def read_layer(path: str, layer: str | None, split: Callable[[list[np.ndarray]],
 
 def _contents(h5py: Any, path: str) -> tuple[list[Stored] | None, Any]:
     """Return the layers of a file, None if Keras 3 would not write it so, and the model's configuration or None."""
-    configuration = None
+    configuration, size = None, os.path.getsize(path)
     with contextlib.ExitStack() as stack:
         source: Any = path
         if zipfile.is_zipfile(path):
             archive = stack.enter_context(zipfile.ZipFile(path))
-            source = io.BytesIO(archive.read("model.weights.h5"))
-            configuration = json.loads(archive.read("config.json"))
+            weights = read_entry(archive, "model.weights.h5", size)
+            source, size = io.BytesIO(weights), len(weights)
+            configuration = strict_json(read_entry(archive, "config.json", size))
         file = stack.enter_context(h5py.File(source, "r"))
         if "layer_names" in file.attrs or "model_weights" in file:
             return None, None
-        return list(_layers(file, "", "")), configuration
+        return list(_Tree(h5py, size).layers(file, "", "")), configuration
 
 
-def _layers(group: Any, key: str, path: str) -> Iterator[Stored]:
-    """Yield every layer with weights in a group, outer ones first."""
-    parts = {k: part for k, part in group.items() if k != "vars" and hasattr(part, "items")}
-    if {"forward_layer", "backward_layer"} <= parts.keys():
-        taken = ["forward_layer", "backward_layer"]
-        arrays = [array for part in taken for array in _cell_arrays(parts[part].get("cell", parts[part]))]
-    elif "cell" in parts:
-        taken, arrays = ["cell"], _cell_arrays(parts["cell"])
-    else:
-        taken, arrays = [], _cell_arrays(group) if _variables(group) else []
-    if arrays:
-        name = group["vars"].attrs.get("name", key) if "vars" in group else key
-        yield Stored(str(name), path, arrays)
-    for part_key, part in parts.items():
-        # The optimizer's variables have the shapes of weights.
-        if part_key not in taken and (path or part_key != "optimizer"):
-            yield from _layers(part, part_key, f"{path}/{part_key}".lstrip("/"))
+class _Tree:
+    """Reads the tree of groups of a file of `size` bytes, and nothing else: no second name, no other file."""
 
+    def __init__(self, h5py: Any, size: int) -> None:
+        self._h5py, self._size, self._read = h5py, size, 0
+        self._seen: set[int] = set()
 
-def _cell_arrays(group: Any) -> list[np.ndarray]:
-    """Return a cell's variables, then those of its parts, such as a layer normalisation."""
-    parts = [_variables(part) for key, part in group.items() if key != "vars" and hasattr(part, "items")]
-    return [*_variables(group), *(array for part in parts for array in part)]
+    def layers(self, group: Any, key: str, path: str) -> Iterator[Stored]:
+        """Yield every layer with weights in a group, outer ones first."""
+        # A group under several names makes a walk endless, or nearly so.
+        place = self._h5py.h5o.get_info(group.id).addr
+        if place in self._seen:
+            raise ValueError(f"{group.name} has another name, too")
+        self._seen.add(place)
+        members = self._members(group)
+        parts = {k: part for k, part in members.items() if k != "vars" and hasattr(part, "items")}
+        if {"forward_layer", "backward_layer"} <= parts.keys():
+            taken, arrays = ["forward_layer", "backward_layer"], []
+            for name in taken:
+                inner = self._members(parts[name])
+                arrays += self._cell_arrays(self._members(inner["cell"]) if "cell" in inner else inner)
+        elif "cell" in parts:
+            taken, arrays = ["cell"], self._cell_arrays(self._members(parts["cell"]))
+        elif own := self._variables(members):
+            taken, arrays = [], [*own, *self._arrays_of_parts(members)]
+        else:
+            taken, arrays = [], []
+        if arrays:
+            name = members["vars"].attrs.get("name", key) if "vars" in members else key
+            yield Stored(str(name), path, arrays)
+        for part_key, part in parts.items():
+            # The optimizer's variables have the shapes of weights.
+            if part_key not in taken and (path or part_key != "optimizer"):
+                yield from self.layers(part, part_key, f"{path}/{part_key}".lstrip("/"))
 
+    def _members(self, group: Any) -> dict[str, Any]:
+        """Return a group's members by their names."""
+        for key in group:
+            if not isinstance(group.get(key, getlink=True), self._h5py.HardLink):
+                raise ValueError(f"{group.name}/{key} is a link")
+        return {key: group[key] for key in group}
 
-def _variables(group: Any) -> list[np.ndarray]:
-    own = group.get("vars")
-    return [] if own is None else [np.asarray(own[key]) for key in sorted(own, key=int)]
+    def _cell_arrays(self, members: dict[str, Any]) -> list[np.ndarray]:
+        """Return a cell's variables, then those of its parts, such as a layer normalisation."""
+        return [*self._variables(members), *self._arrays_of_parts(members)]
+
+    def _arrays_of_parts(self, members: dict[str, Any]) -> list[np.ndarray]:
+        parts = [part for key, part in members.items() if key != "vars" and hasattr(part, "items")]
+        return [array for part in parts for array in self._variables(self._members(part))]
+
+    def _variables(self, members: dict[str, Any]) -> list[np.ndarray]:
+        own = members.get("vars")
+        if own is None:
+            return []
+        arrays = self._members(own)
+        return [self._array(arrays[key]) for key in sorted(arrays, key=int)]
+
+    def _array(self, dataset: Any) -> np.ndarray:
+        if not isinstance(dataset, self._h5py.Dataset):
+            raise ValueError(f"{dataset.name} is no array")
+        if dataset.dtype.hasobject:
+            # Texts: nobody's weights, and of any size.
+            return np.empty(0, object)
+        if dataset.external or dataset.is_virtual:
+            raise ValueError(f"{dataset.name} lies in another file")
+        self._read += dataset.nbytes
+        check_inflated(self._read, self._size, dataset.name)
+        return np.asarray(dataset)
 
 
 def _chosen(path: str, stored: list[Stored], layer: str | None, split: Callable[[list[np.ndarray]], Any]) -> Stored:
@@ -157,8 +201,10 @@ def _check_configuration(configuration: Any, name: str, path: str) -> None:
 
 def _walk(node: Any) -> Iterator[dict]:
     """Yield every dict in a tree of JSON."""
-    if isinstance(node, dict):
-        yield node
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from _walk(child)
+    rest = [node]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, dict):
+            yield node
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        rest += reversed([*children])

@@ -149,7 +149,7 @@ def _by_direction(
         if missing or extra:
             raise ValueError(f"weights: expected the names of {owner}, got one without {missing} and with {extra}")
         given = [given[name] for name in orders[0]]
-    if isinstance(given, np.ndarray) or not isinstance(given, Sequence):
+    if isinstance(given, (np.ndarray, bytes)) or not isinstance(given, Sequence):
         raise TypeError(f"weights: expected a list or dict of arrays or a path, got {type(given).__name__}")
     for names in orders:
         if len(given) in (len(names), 2 * len(names)):
@@ -169,7 +169,10 @@ def _by_direction(
 
 def _checked(array: Any, name: str) -> np.ndarray:
     """Return an array with a dtype that PyTorch has, in the machine's byte order."""
-    array = np.asarray(array)
+    try:
+        array = np.asarray(array)
+    except ValueError as error:
+        raise ValueError(f"weights: expected {name} to be an array: {error}") from error
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise TypeError(f"weights: expected {name} in float16, float32 or float64, got {array.dtype}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)

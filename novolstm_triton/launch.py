@@ -34,6 +34,9 @@ KERNELS = {
 FUSION: dict[str, Any] = dict(enable_fp_fusion=True)
 """Compile option of every kernel: a·b + c is rounded once. Triton 3.9 warns where nothing is said of it."""
 
+UNROLL = 8
+"""Steps whose loads are under way at once when backward walks the cell states again."""
+
 
 def forward(
     x: Tensor,
@@ -63,7 +66,9 @@ def forward(
         h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias
     )
     (steps, batch, _), (directions, _, hidden) = x.shape, h_0.shape
-    kernel_plan = launch_plan(x, hidden, cell, directions).forward
+    plans = launch_plan(x, hidden, cell, directions)
+    check_offsets(plans, hidden, batch, steps, min(steps, chunk), cell, directions, kept is not None)
+    kernel_plan = plans.forward
     walk_options = WalkOptions.of(lengths, h_mask, kept, zoneout_h, zoneout_c)
     constants = kernel_constants(
         forward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
@@ -417,6 +422,57 @@ def launch_plan(x: Tensor, hidden: int, cell: str, directions: int = 1) -> Launc
     return found
 
 
+def check_offsets(
+    plans: LaunchPlan, hidden: int, batch: int, steps: int, chunk: int, cell: str, directions: int, zoneout_masks: bool
+) -> None:
+    """Check that the kernels can address a layer: what they count and offset in 32 bits has to fit.
+
+    Whole steps, directions and weights lie 64 bits apart. What is left are places within a batch tile, a weight, a
+    step's row of zoneout's masks and the ring of row sums, and numbers of rows, steps and arrivals.
+
+    Args:
+        plans: how the layer is launched.
+        hidden: units H.
+        batch: rows B.
+        steps: time steps T.
+        chunk: steps of the longest chunk.
+        cell: its name in `novolstm_triton.cells.CELLS`.
+        directions: 1 or 2.
+        zoneout_masks: whether there are masks of zoneout.
+
+    Raises:
+        ValueError: a number that does not fit, which the message names.
+    """
+    kernels, gates, rows = KERNELS[cell], len(CELLS[cell].gates), directions * batch
+    largest = {
+        "H·H, a recurrent weight": hidden * hidden,
+        # A tile may reach beyond the last row, an unrolled loop beyond the last step.
+        "D·B, the rows": directions * (batch + max(plans.forward.block_b, plans.backward.block_b)),
+        "D·T, the steps": directions * (steps + UNROLL),
+        "programs for the statistics of a chunk": rows * chunk // _rows_per_program(hidden),
+        "D·B·H, a step's masks of zoneout": rows * hidden if zoneout_masks else 0,
+    }
+    for walk, kernel_plan, sums in (
+        ("forward", plans.forward, kernels.partial_rows),
+        ("backward", plans.backward, kernels.grad_rows),
+    ):
+        largest[f"block_b·G·H, the gates of a batch tile in {walk}"] = kernel_plan.block_b * gates * hidden
+        if kernel_plan.slices > 1:
+            largest[f"row sums of two steps in {walk}"] = 2 * rows * sums * kernel_plan.slices
+            largest[f"arrivals in a chunk in {walk}"] = 2 * chunk * kernel_plan.slices
+    for name, number in largest.items():
+        if number > planning.MOST:
+            raise ValueError(
+                f"backend 'triton': expected {name}, to be at most 2^31 - 1, got {number}: "
+                "use backend='torch', or split the call"
+            )
+
+
+def _rows_per_program(hidden: int) -> int:
+    """Return how many rows one program of the statistics kernel takes."""
+    return max(1, 1024 // triton.next_power_of_2(hidden))
+
+
 class WalkOptions(NamedTuple):
     """What a walk may have besides a cell, as the kernels are compiled for it."""
 
@@ -469,9 +525,9 @@ def kernel_constants(
         BLOCK_K=kernel_plan.block_k,
         BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
         BLOCK_ROW=triton.next_power_of_2(hidden),
-        BLOCK_R=max(1, 1024 // triton.next_power_of_2(hidden)),
+        BLOCK_R=_rows_per_program(hidden),
         BLOCK_H=min(256, triton.next_power_of_2(hidden)),
-        UNROLL=8,
+        UNROLL=UNROLL,
         RESIDENT=kernel_plan.resident,
         # To its kernel a cluster is one program: its exchanges are the compiler's.
         EXCHANGE="none" if kernel_plan.ctas > 1 else kernel_plan.exchange,

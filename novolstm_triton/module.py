@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.checks import check_dense, is_share
 from novolstm_triton.functional import resolve_backend
 from novolstm_triton.recurrent import (
     PARAMETERS,
@@ -57,7 +58,7 @@ class RecurrentLayer(Recurrent):
     ) -> None:
         # In nn.LSTM's order, so that of several mistakes both name the same. It takes numpy's integers here, too.
         num_layers, proj_size = _plain_int(num_layers), _plain_int(proj_size)
-        if not _is_share(dropout):
+        if not is_share(dropout):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
@@ -70,14 +71,16 @@ class RecurrentLayer(Recurrent):
         check_bool(batch_first=batch_first, bidirectional=bidirectional)
         super().__init__(input_size, hidden_size, bias, backend)
         check_positive(num_layers=num_layers)
+        if not isinstance(proj_size, int) or isinstance(proj_size, bool):
+            raise TypeError(f"proj_size should be of type int, got: {type(proj_size).__name__}")
         if proj_size < 0:
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
             raise ValueError("proj_size has to be smaller than hidden_size")
-        if not _is_share(recurrent_dropout) or recurrent_dropout == 1:
+        if not is_share(recurrent_dropout) or recurrent_dropout == 1:
             raise ValueError(f"recurrent_dropout: expected a number in range [0, 1), got {recurrent_dropout!r}")
         for name, share in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
-            if not _is_share(share):
+            if not is_share(share):
                 raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
         if proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
             raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
@@ -142,6 +145,7 @@ class RecurrentLayer(Recurrent):
             return self._forward_packed(input, hx, lengths)
         if input.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        check_dense(input, "input")
         batched = input.dim() == 3
         if not batched and lengths is not None:
             raise ValueError("lengths: expected batched input beside it, got an unbatched sequence: slice it instead")
@@ -176,6 +180,9 @@ class RecurrentLayer(Recurrent):
         """
         if self.bidirectional:
             raise ValueError("step: a bidirectional layer needs the whole sequence")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"step: expected input to be a Tensor, got {type(input).__name__}")
+        check_dense(input, "input")
         if input.dim() not in (1, 2):
             raise ValueError(f"step: expected input [B, I] or [I], got {list(input.shape)}")
         # Unbatched input has its time first, whatever batch_first says.
@@ -198,6 +205,7 @@ class RecurrentLayer(Recurrent):
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        check_dense(data, "input")
         steps, batch, cpu = len(batch_sizes), int(batch_sizes[0]), batch_sizes.device
         # Of the rows in their packed order, the longest first: row b has a step wherever more than b rows have.
         sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=cpu)).sum(0)
@@ -578,7 +586,3 @@ def detach_state(state: Any) -> Any:
 def _plain_int(value: Any) -> Any:
     """Return an integer of whatever kind, like numpy's, as an int; all else as it is."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
-
-
-def _is_share(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

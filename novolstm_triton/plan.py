@@ -10,20 +10,31 @@ import contextvars
 import dataclasses
 import itertools
 import math
+import reprlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from novolstm_triton.cells import CELLS, Cell
+from novolstm_triton.checks import check_int
 
 if TYPE_CHECKING:
     from novolstm_triton.tuned import TunedPlans
 
 
+MOST = 2**31 - 1
+"""No size, count or offset of 32 bits is larger."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The properties of a GPU that decide a plan."""
+    """The properties of a GPU that decide a plan.
+
+    Raises:
+        TypeError: a property of the wrong type.
+        ValueError: one that no device has.
+    """
 
     name: str
     backend: str
@@ -34,6 +45,13 @@ class Device:
     smem_bytes: int
     """Shared memory that one program may use, opted in."""
     warp_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Check the properties."""
+        if self.backend not in ("cuda", "hip", "interpreter"):
+            raise ValueError(f"backend: expected cuda, hip or interpreter, got {reprlib.repr(self.backend)}")
+        for name in ("multiprocessors", "smem_bytes", "warp_size"):
+            check_int(getattr(self, name), name)
 
 
 H100 = Device("H100", "cuda", 90, 132, 232448)
@@ -99,7 +117,12 @@ class LaunchPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Pins:
-    """Choices that `forced` has taken out of the plan's hands; None leaves one to the plan."""
+    """Choices that `forced` has taken out of the plan's hands; None leaves one to the plan.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value that no plan can have.
+    """
 
     slices: int | None = None
     block_b: int | None = None
@@ -113,6 +136,29 @@ class Pins:
     chunk: int | None = None
     max_spins: int | None = None
     device: Device | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value by itself."""
+        for name in ("slices", "block_b", "block_k", "ctas", "exchanges", "num_warps", "chunk", "max_spins"):
+            if (value := getattr(self, name)) is not None:
+                # Of the others the plan knows tighter limits; these two are handed on to kernels in 32 bits.
+                check_int(value, name, most=MOST if name in ("chunk", "max_spins") else None)
+        for name in ("block_b", "block_k"):
+            if (value := getattr(self, name)) is not None and (value < 16 or value & (value - 1)):
+                raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
+        for name in ("resident", "overlap"):
+            if not isinstance(value := getattr(self, name), (bool, type(None))):
+                raise TypeError(f"{name}: expected a bool, got {reprlib.repr(value)}")
+        if self.exchange is not None and self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {reprlib.repr(self.exchange)}")
+        if self.ctas is not None and self.ctas not in (1, *CLUSTERS):
+            raise ValueError(f"ctas: expected one of {[1, *CLUSTERS]}, got {self.ctas}")
+        if self.exchanges is not None and self.exchanges not in (1, 2):
+            raise ValueError(f"exchanges: expected 1 or 2, got {self.exchanges}")
+        if self.num_warps is not None and self.num_warps not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"num_warps: expected a power of two from 1 to 32, got {self.num_warps}")
+        if not isinstance(self.device, (Device, type(None))):
+            raise TypeError(f"device: expected a plan.Device, got {type(self.device).__name__}")
 
 
 _pins: contextvars.ContextVar[Pins] = contextvars.ContextVar("novolstm_pins", default=Pins())
@@ -156,22 +202,9 @@ def forced(
         device: plan as if for this device, whatever the tensors are on.
 
     Raises:
+        TypeError: a value of the wrong type.
         ValueError: a value that no plan can have. One that this layer or device cannot have raises in the call.
     """
-    for name, value in (("slices", slices), ("chunk", chunk), ("max_spins", max_spins)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    for name, value in (("block_b", block_b), ("block_k", block_k)):
-        if value is not None and (value < 16 or value & (value - 1)):
-            raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
-    if exchange is not None and exchange not in EXCHANGES:
-        raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {exchange!r}")
-    if ctas is not None and ctas not in (1, *CLUSTERS):
-        raise ValueError(f"ctas: expected one of {[1, *CLUSTERS]}, got {ctas}")
-    if exchanges is not None and exchanges not in (1, 2):
-        raise ValueError(f"exchanges: expected 1 or 2, got {exchanges}")
-    if num_warps is not None and num_warps not in (1, 2, 4, 8, 16, 32):
-        raise ValueError(f"num_warps: expected a power of two from 1 to 32, got {num_warps}")
     given = dict(
         slices=slices,
         block_b=block_b,
@@ -270,15 +303,20 @@ def plan(
             see `novolstm_triton.tuned`.
 
     Raises:
-        ValueError: pins that the device or the sizes do not allow; the message names the limit and the value.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or pins that the device or the sizes do not allow; the message names the
+            limit and the value.
     """
     pins = _pins.get() if pins is None else pins
+    _check_arguments(hidden, batch, dtype, device, cell, directions, pins)
     device = pins.device or device
-    if plans is None:
-        # Here, because it reads files whose entries this module checks.
-        from novolstm_triton import tuned
+    # Here, because it reads files whose entries this module checks.
+    from novolstm_triton import tuned
 
+    if plans is None:
         plans = tuned.in_force()
+    if not isinstance(plans, tuned.TunedPlans):
+        raise TypeError(f"plans: expected a tuned.TunedPlans, got {type(plans).__name__}")
     sizes = (hidden, batch, dtype, device)
 
     def best(backward: bool) -> KernelPlan:
@@ -299,8 +337,11 @@ _BARRIER_US_PER_SLICE = 0.004
 _CLUSTER_BARRIER_US = 0.3
 _CLUSTER_BARRIERS = 4
 _FIXED_US = 0.3
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ELEMENTS = 2048
 """Elements of the largest tile whose gates, statistics and gradients eight warps can keep in registers."""
+_MOST_TILES = 2**16 - 1
+"""Batch tiles of a launch: what CUDA allows along a grid's second axis."""
 _POINTWISE_US_PER_ELEMENT = 9 / (16 * _CLOCKS_PER_US)
 
 
@@ -328,8 +369,10 @@ def candidates(
         pins: choices made beforehand.
 
     Raises:
-        ValueError: there is none; the message names the limit and the value.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or there is no plan; the message names the limit and the value.
     """
+    _check_arguments(hidden, batch, dtype, device, cell, directions, pins)
     _check_pins(hidden, device, pins)
     if pins.exchange == "cluster":
         _check_cluster(hidden, device, pins)
@@ -362,6 +405,22 @@ def candidates(
         )
     least = min(flaws for flaws, _ in fitting)
     return [candidate for flaws, candidate in fitting if flaws == least]
+
+
+def _check_arguments(
+    hidden: int, batch: int, dtype: torch.dtype, device: Device, cell: str, directions: int, pins: Pins
+) -> None:
+    for name, size in (("hidden", hidden), ("batch", batch)):
+        check_int(size, name, most=MOST)
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: expected float32, float16 or bfloat16, got {reprlib.repr(dtype)}")
+    for name, value, kind in (("device", device, Device), ("pins", pins, Pins)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a plan.{kind.__name__}, got {type(value).__name__}")
+    if not isinstance(cell, str) or cell not in CELLS:
+        raise ValueError(f"cell: expected one of {list(CELLS)}, got {reprlib.repr(cell)}")
+    if directions not in (1, 2):
+        raise ValueError(f"directions: expected 1 or 2, got {reprlib.repr(directions)}")
 
 
 def _fits_registers(
@@ -503,7 +562,7 @@ def _candidate(
     padded_k = -(-hidden // block_k) * block_k
     local = resident and slices == 1 and block_k == block_n
     tiles = directions * -(-batch // block_b)
-    together = min(tiles, device.multiprocessors // slices) if slices > 1 else tiles
+    together = min(tiles, device.multiprocessors // slices if slices > 1 else _MOST_TILES)
     elements = block_b * block_n // ctas
     words = slices > 1 and pins.exchange == "words"
     # Fewest that keep every register on chip, as the compile report shows: on a tile of 16 columns further warps repeat

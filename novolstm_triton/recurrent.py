@@ -1,13 +1,13 @@
 """What layers and single cells have in common as modules: parameters, options, checks, and the call of a function."""
 
 import math
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from novolstm_triton.cells import CELLS, novolstm_cell
+from novolstm_triton.checks import check_dense, check_finite
 from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm
 
 State = tuple[Tensor, Tensor]
@@ -74,14 +74,21 @@ class NovoLSTMFunction(Recurrent):
         """Keep the options of the cell.
 
         Raises:
+            TypeError: an option of the wrong type.
             ValueError: an option out of range.
         """
         cell = CELLS[novolstm_cell(variant, layer_norm)]
-        if gate_gain != "hidden" and (not isinstance(gate_gain, numbers.Real) or isinstance(gate_gain, bool)):
-            raise ValueError(f'gate_gain: expected a number or "hidden", got {gate_gain!r}')
+        expected = 'a finite number or "hidden"'
+        if isinstance(gate_gain, str):
+            if gate_gain != "hidden":
+                raise ValueError(f"gate_gain: expected {expected}, got {gate_gain!r}")
+        else:
+            check_finite(gate_gain, "gate_gain", expected)
         self.variant = variant
         self.layer_norm = layer_norm
-        self.ln_eps = cell.eps if ln_eps is None else float(ln_eps)
+        self.ln_eps = (
+            cell.eps if ln_eps is None else check_finite(ln_eps, "ln_eps", "a positive finite number", above=0)
+        )
         self.gate_gain = gate_gain
 
     def _defaults(self) -> Iterator[tuple[str, Any]]:
@@ -145,9 +152,11 @@ def check_bool(**flags: Any) -> None:
 
 
 def check_pair(owner: nn.Module, hx: Any) -> None:
-    """Raise TypeError unless a state is a pair of tensors."""
+    """Raise TypeError unless a state is a pair of ordinary tensors."""
     if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
         raise TypeError(f"{type(owner).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}")
+    for position, state in enumerate(hx):
+        check_dense(state, f"hx[{position}]")
 
 
 def check_state_ranks(hx: Sequence[Tensor], rank: int, batched: bool) -> None:

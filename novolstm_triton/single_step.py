@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.checks import check_dense
 from novolstm_triton.recurrent import (
     LSTMFunction,
     NovoLSTMFunction,
@@ -64,6 +65,7 @@ class SingleCell(Recurrent):
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        check_dense(input, "input")
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         h_0, c_0 = (None, None) if hx is None else self._check_state(hx, batched)

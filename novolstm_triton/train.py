@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import shlex
 import signal
 import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from novolstm_triton.bytemodel import ByteModel, printable, sample, save_model
+from novolstm_triton.bytemodel import CELLS, ByteModel, printable, sample, save_model
 from novolstm_triton.cells import VARIANTS
+from novolstm_triton.files import check_inflated
 from novolstm_triton.functional import BACKENDS, resolve_backend
 from novolstm_triton.text import ByteStream, UsageError, read_text, split_text
 
-CELLS = ("novolstm", "lstm")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,6 +51,7 @@ _PROMPT_BYTES, _SAMPLE_BYTES, _TEMPERATURE = 120, 400, 0.7
 
 _PRODUCTS_WORTH_THREADS = 2**25  # multiply-adds of a time step
 
+_CHECKPOINT = dict(config=dict, rows_per_step=int, text_sha256=str, step=int, rows=list, learners=dict)
 _FREE_ON_RESUME = {"steps", "text", "backend", "device"}
 
 
@@ -358,18 +361,43 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the checkpoint of a run.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: there is none, or it cannot be read or is none of this version's.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
         raise UsageError(f"--resume: no {CHECKPOINT} in {folder}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                check_inflated(entry.file_size, path.stat().st_size, entry.filename)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UsageError(f"--resume: cannot read {path}: {type(error).__name__}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != _FORMAT:
         raise UsageError(f"--resume: {path} is not a checkpoint of this version of novolstm train")
+    if (flaw := _flaw(checkpoint)) is not None:
+        raise UsageError(f"--resume: {path} is damaged: {flaw}")
     return checkpoint
+
+
+def _flaw(checkpoint: dict[str, Any]) -> str | None:
+    """Return what keeps a checkpoint from being one, as far as can be told before a model is made; None if nothing."""
+    for name, kind in _CHECKPOINT.items():
+        if type(checkpoint.get(name)) is not kind:
+            return f"{name}: expected {kind.__name__}, got {reprlib.repr(checkpoint.get(name))}"
+    config, defaults = checkpoint["config"], dataclasses.asdict(TrainConfig())
+    if config.keys() != defaults.keys():
+        return f"config: expected {sorted(defaults)}, got {reprlib.repr(sorted(config, key=str))}"
+    for name, default in defaults.items():
+        kinds = (str, int, float) if name == "gate_gain" else (list, tuple) if name == "text" else (type(default),)
+        if type(config[name]) not in kinds:
+            return f"{name}: expected {kinds[0].__name__}, got {reprlib.repr(config[name])}"
+    if not all(isinstance(path, str) for path in config["text"]):
+        return "text: expected names of files"
+    for name, least in (("step", 1), ("rows_per_step", 1)):
+        if checkpoint[name] < least:
+            return f"{name}: expected at least {least}, got {checkpoint[name]}"
+    return None
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
@@ -480,8 +508,12 @@ class Job:
         self.step, self.rows = checkpoint["step"], checkpoint["rows"]
         if self.step >= self.config.steps:
             raise UsageError(f"--resume: the run has done its {self.step} steps: give --steps a larger number")
-        for learner in self.learners:
-            learner.load_state_dict(checkpoint["learners"][learner.cell], self._share)
+        try:
+            for learner in self.learners:
+                learner.load_state_dict(checkpoint["learners"][learner.cell], self._share)
+        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(f"--resume: {CHECKPOINT} does not fit the run it describes: {reason[:200]}") from error
 
     def fit(self, folder: Path) -> int:
         """Train to the last step, or until a signal asks to stop; save at every row of metrics and at the end.

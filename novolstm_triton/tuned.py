@@ -23,6 +23,7 @@ import torch
 
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
+from novolstm_triton.files import check_path, check_regular, strict_json
 from novolstm_triton.plan import Device, KernelPlan, Pins
 
 SCHEMA = 1
@@ -37,8 +38,10 @@ VARIABLE = "NOVOLSTM_PLANS"
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
 """Dtypes that a kernel takes, by the names that files and commands use."""
 
+MAX_SIZE = 2**24
+"""Most units, or rows, of an entry."""
+
 _MAX_BYTES = 2**24
-_MAX_SIZE = 2**24
 _CHOICES: dict[str, type] = {
     field: typing.get_args(hint)[0]
     for field, hint in typing.get_type_hints(Pins).items()
@@ -156,7 +159,7 @@ def load(path: str | os.PathLike) -> None:
         path: a file that `novolstm tune` has written, or a folder of such files (`*.json`).
 
     Raises:
-        ValueError: see `read`. What was in force stays so.
+        TypeError, ValueError: see `read`. What was in force stays so.
     """
     put_in_force(TunedPlans((*read(path), *_shipped())))
 
@@ -166,8 +169,13 @@ def put_in_force(plans: TunedPlans | None) -> TunedPlans | None:
 
     Returns:
         What this puts out of force, for a later call.
+
+    Raises:
+        TypeError: it is neither.
     """
     global _loaded
+    if not isinstance(plans, (TunedPlans, type(None))):
+        raise TypeError(f"plans: expected a TunedPlans or None, got {type(plans).__name__}")
     before, _loaded = _loaded, plans
     return before
 
@@ -191,9 +199,11 @@ def read(path: str | os.PathLike) -> tuple[PlanFile, ...]:
     """Read and check a file, or a folder's files by name.
 
     Raises:
+        TypeError: `path` is no path.
         ValueError: a file that cannot be read, is not of this format, or has an entry that the limits of its device do
             not allow; the message names the file and the entry.
     """
+    check_path(path)
     path = pathlib.Path(path)
     try:
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -203,30 +213,15 @@ def read(path: str | os.PathLike) -> tuple[PlanFile, ...]:
 
 
 def _read(path: pathlib.Path) -> PlanFile:
+    check_regular(path)
     with open(path, "rb") as file:
         text = file.read(_MAX_BYTES + 1)
     try:
         if len(text) > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        try:
-            content = json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        return _parse(str(path), content)
+        return _parse(str(path), strict_json(text))
     except ValueError as error:
         raise ValueError(f"{path}: not a file of tuned plans: {error}") from error
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not a number of JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} stands twice in one object")
-    return dict(pairs)
 
 
 def _parse(path: str, content: Any) -> PlanFile:
@@ -275,8 +270,8 @@ def _parse_entry(fields: Any) -> Entry:
         if value not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {_shown(value)}")
     for name, size in (("hidden", key.hidden), ("batch", key.batch)):
-        if not 1 <= size <= _MAX_SIZE:
-            raise ValueError(f"{name}: expected 1 to {_MAX_SIZE}, got {_shown(size)}")
+        if not 1 <= size <= MAX_SIZE:
+            raise ValueError(f"{name}: expected 1 to {MAX_SIZE}, got {_shown(size)}")
     if type(fields["step_us"]) not in (int, float) or not 0 < fields["step_us"] < 1e9:
         raise ValueError(f"step_us: expected a positive number, got {_shown(fields['step_us'])}")
     _expect(fields["choices"], dict, "choices")

@@ -188,6 +188,8 @@ def test_tuned_plan_is_told(doctor, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        pytest.param(["--hidden", "9" * 30], "hidden: expected at most 2147483647", id="hidden-huge"),
+        pytest.param(["--batch", "9" * 30], "batch: expected at most 2147483647", id="batch-huge"),
         pytest.param(["--hidden", "100000"], "no plan for hidden=100000 fits H200", id="too-large"),
         pytest.param(["--dtype", "fp64"], "backend 'triton' has no float64: use backend='torch'", id="fp64"),
     ],

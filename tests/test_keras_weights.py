@@ -2,8 +2,11 @@
 
 import io
 import pathlib
+import random
+import re
 import sys
 import zipfile
+from collections.abc import Callable
 
 import h5py
 import numpy as np
@@ -267,3 +270,134 @@ def test_model_file_holds_the_optimizer_beside_the_layers():
         assert len(file["optimizer/vars"]) > 6
     with pytest.raises(ValueError, match=r"that fit: lstm \(layers/lstm\), relu \(layers/lstm_1\); got None"):
         LSTM.from_keras(MODEL)
+
+
+def put(path: pathlib.Path, change: Callable[[h5py.File, h5py.Group], object]) -> pathlib.Path:
+    """Write a file with one LSTM that a function has changed, given the file and the group of its variables."""
+    with h5py.File(path, "w") as file:
+        own = file.create_group("layers/lstm/cell/vars")
+        for number, array in enumerate(lstm_arrays()):
+            own[str(number)] = array
+        change(file, own)
+    return path
+
+
+def replaced(own: h5py.Group, make: Callable[[str], object]) -> None:
+    """Put something else in the place of the kernel."""
+    del own["0"]
+    make("0")
+
+
+HOSTILE: dict[str, tuple] = {
+    # Without a byte in the file, and with 2 GB in memory.
+    "huge": (
+        lambda file, own: replaced(own, lambda name: own.create_dataset(name, (2**20, 512), "f4")),
+        "/layers/lstm/cell/vars/0 would take 2147483648 bytes, more than 100 times",
+    ),
+    "compressed": (
+        lambda file, own: replaced(
+            own, lambda name: own.create_dataset(name, data=np.zeros((4000, 512), "f4"), compression="gzip")
+        ),
+        "/layers/lstm/cell/vars/0 would take 8192000 bytes, more than 100 times",
+    ),
+    "other-file": (
+        lambda file, own: replaced(own, lambda name: own.__setitem__(name, h5py.ExternalLink("other.h5", "/kernel"))),
+        "/layers/lstm/cell/vars/0 is a link",
+    ),
+    "other-file-raw": (
+        lambda file, own: replaced(
+            own, lambda name: own.create_dataset(name, (I, 4 * H), "f4", external=[("/etc/hostname", 0, 192)])
+        ),
+        "/layers/lstm/cell/vars/0 lies in another file",
+    ),
+    "link": (lambda file, own: own.__setitem__("3", h5py.SoftLink("/layers")), "/layers/lstm/cell/vars/3 is a link"),
+    "cycle": (lambda file, own: file["layers/lstm"].__setitem__("again", file["layers"]), "has another name, too"),
+    "no-array": (lambda file, own: replaced(own, own.create_group), "/layers/lstm/cell/vars/0 is no array"),
+    "texts": (
+        lambda file, own: replaced(own, lambda name: own.create_dataset(name, data=["a"], dtype=h5py.string_dtype())),
+        "expected kernel in float16, float32 or float64, got object",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_weights_files(tmp_path, change, words):
+    path = put(tmp_path / "model.weights.h5", change)
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        LSTM.from_keras(path)
+    assert str(path) in str(refused.value)
+
+
+def test_groups_that_multiply_are_walked_once(tmp_path):
+    """Thirty groups, each twice in the one before it: a thousand million ways."""
+
+    def multiply(file, own):
+        group = file
+        for _ in range(30):
+            group = group.require_group("a")
+        for _ in range(30):
+            group = group.parent
+            group["b"] = group["a"]
+
+    with pytest.raises(ValueError, match="has another name, too"):
+        LSTM.from_keras(put(tmp_path / "model.weights.h5", multiply))
+
+
+CONFIG = b'{"config": {"layers": []}}'
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "words"),
+    [
+        pytest.param(bytes(2**22), CONFIG, r"model\.weights\.h5 would take 4194304 bytes, more than 100", id="weights"),
+        pytest.param(WEIGHTS.read_bytes(), b" " * 2**25, r"config\.json would take 33554432 bytes", id="config"),
+        pytest.param(WEIGHTS.read_bytes(), b"[" * 10**5, "nested too deeply", id="deep"),
+        pytest.param(WEIGHTS.read_bytes(), b'{"a": NaN}', "NaN is not a number of JSON", id="nan"),
+        pytest.param(WEIGHTS.read_bytes(), b'{"a": 1, "a": 2}', "'a' stands twice in one object", id="twice"),
+        pytest.param(WEIGHTS.read_bytes(), b'{"a": ' + b"9" * 5000 + b"}", "digits", id="long-number"),
+    ],
+)
+def test_hostile_archives(tmp_path, weights, config, words):
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", weights)
+        archive.writestr("config.json", config)
+    with pytest.raises(ValueError, match=words) as refused:
+        LSTM.from_keras(path, layer="decoder")
+    assert str(path) in str(refused.value)
+
+
+def test_deepest_configuration_that_is_parsed_is_walked(tmp_path):
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.weights.h5", WEIGHTS.read_bytes())
+        archive.writestr("config.json", "[" * 800 + "]" * 800)
+    assert LSTM.from_keras(path, layer="decoder").hidden_size == H
+
+
+def test_folder_and_link(tmp_path):
+    with pytest.raises(ValueError, match="expected a file, got a folder or a device"):
+        LSTM.from_keras(tmp_path)
+    (tmp_path / "link.weights.h5").symlink_to(WEIGHTS)
+    assert LSTM.from_keras(tmp_path / "link.weights.h5", layer="decoder").hidden_size == H
+    (tmp_path / "loose.weights.h5").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="found none"):
+        LSTM.from_keras(tmp_path / "loose.weights.h5")
+
+
+@pytest.mark.parametrize("source", [WEIGHTS, MODEL], ids=["weights.h5", "keras"])
+def test_changed_bytes_are_a_layer_or_an_error_that_names_the_file(tmp_path, source):
+    rng, whole, path = random.Random(0), source.read_bytes(), tmp_path / source.name
+    refused = 0
+    for _ in range(120):
+        changed = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 30))):
+            # Most of what is said about the arrays comes before them.
+            changed[rng.randrange(rng.choice((len(whole), 3000)))] = rng.randrange(256)
+        path.write_bytes(changed)
+        try:
+            LSTM.from_keras(path, layer="lstm" if source == MODEL else "decoder")
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) or "weights: expected" in str(error)  # noqa: PT017
+    assert refused > 10

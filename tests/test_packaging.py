@@ -1,7 +1,10 @@
 """What is installed, and what an import of it brings along."""
 
+import email
+import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +14,8 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+EPOCH = "1700000000"
+"""SOURCE_DATE_EPOCH of every build: what stands for the time in the archives."""
 
 # The whole of the CPU path, in a process that has no triton.
 USE_WITHOUT_TRITON = """
@@ -51,24 +55,45 @@ def source(tmp_path_factory) -> pathlib.Path:
 def wheel(source, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    result = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True)
+    environment = os.environ | {"SOURCE_DATE_EPOCH": EPOCH}
+    result = subprocess.run([*command, "-w", str(folder), str(source)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     (path,) = folder.glob("*.whl")
     return path
 
 
-def test_wheel_holds_the_kernels_inside_the_package_only(wheel):
+def test_wheel_holds_the_package_and_the_kernels_inside_it(wheel):
+    package, kernels = ROOT / "novolstm_triton", ROOT / "kernels"
+    files = [*package.rglob("*.py"), package / "py.typed", *(package / "plans").iterdir()]
+    expected = {f"novolstm_triton/{path.relative_to(package)}" for path in files}
+    expected |= {f"novolstm_triton/kernels/{path.name}" for path in (*kernels.glob("*.py"), kernels / "README.md")}
+    assert {"novolstm_triton/testing/cooperative.py", "novolstm_triton/kernels/forward.py"} <= expected
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"novolstm_triton"}
-    installed = sorted(name.split("/")[-1] for name in names if name.startswith("novolstm_triton/kernels/"))
-    assert installed == sorted([*KERNELS, "README.md"])
-    assert "novolstm_triton/py.typed" in names
-    plans = {path.name for path in (ROOT / "novolstm_triton" / "plans").iterdir()}
-    assert {name for name in names if "/plans/" in name} == {f"novolstm_triton/plans/{name}" for name in plans}
+        names = set(archive.namelist())
+    about = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
+    assert names - about == expected
+    told = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert {name.partition("/")[2] for name in about} == told
 
 
-def test_sdist_builds_the_same_and_brings_the_tests(source, wheel, tmp_path):
+def test_metadata_names_the_licence_and_the_dependencies(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+        licence = archive.read(name.replace("METADATA", "licenses/LICENSE"))
+    # An expression of SPDX, which metadata has from version 2.4 on.
+    assert tuple(map(int, metadata["Metadata-Version"].split("."))) >= (2, 4)
+    assert (metadata["License-Expression"], metadata.get_all("License-File")) == ("MIT", ["LICENSE"])
+    assert metadata["License"] is None
+    assert not [c for c in metadata.get_all("Classifier") if c.startswith("License")]
+    assert licence == (ROOT / "LICENSE").read_bytes()
+    needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert sorted(re.split(r"[<>=; ]", line)[0] for line in needed) == ["torch", "triton"]
+
+
+def test_sdist_builds_the_same_wheel_and_brings_the_tests(source, wheel, tmp_path, monkeypatch):
+    """The same bit for bit, in another folder, at another time, from files of another age."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", EPOCH)
     code = "import sys; from setuptools import build_meta as b; print(b.build_{}(sys.argv[1]))"
     build = [sys.executable, "-c", code.format("sdist"), str(tmp_path)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
@@ -82,8 +107,7 @@ def test_sdist_builds_the_same_and_brings_the_tests(source, wheel, tmp_path):
     build = [sys.executable, "-c", code.format("wheel"), str(tmp_path)]
     subprocess.run(build, cwd=unpacked, check=True, capture_output=True)
     (rebuilt,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(rebuilt) as one, zipfile.ZipFile(wheel) as other:
-        assert sorted(one.namelist()) == sorted(other.namelist())
+    assert hashlib.sha256(rebuilt.read_bytes()).digest() == hashlib.sha256(wheel.read_bytes()).digest()
 
 
 def test_installed_package_works_without_triton(wheel, tmp_path):

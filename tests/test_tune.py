@@ -309,6 +309,12 @@ def test_command_passes_its_options_on(monkeypatch, capsys):
     ("arguments", "message"),
     [
         pytest.param(["--hidden", "0"], "--hidden: expected numbers of at least 1", id="hidden"),
+        pytest.param(["--hidden", str(2**24 + 1)], "at most 16777216, with commas", id="hidden-huge"),
+        pytest.param(["--hidden", "9" * 5000], "--hidden: expected numbers of at least 1", id="hidden-long"),
+        pytest.param(["--hidden", ""], "--hidden: expected numbers of at least 1", id="hidden-empty"),
+        pytest.param(["--hidden", "8", "--timeout", "nan"], "--timeout", id="timeout"),
+        pytest.param(["--hidden", "8", "--candidates", "0"], "--candidates", id="candidates"),
+        pytest.param(["--hidden", "8", "--steps", "x"], "--steps", id="steps"),
         pytest.param(["--hidden", "8", "--batch", "4,x"], "--batch: expected numbers", id="batch"),
         pytest.param(
             ["--hidden", "8", "--dtype", "fp64"], "--dtype: expected names among bf16, fp16, fp32", id="dtype"

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
 
 import pytest
@@ -215,6 +216,10 @@ def changed(*path, value=None, remove=False):
         pytest.param(changed("code", value="import os"), "no field 'code'", id="unknown-field"),
         pytest.param(changed("device", "smem_bytes", value="232448"), "smem_bytes: expected int", id="device"),
         pytest.param(changed("device", "name", remove=True), "device lacks name", id="no-device-name"),
+        pytest.param(changed("device", "multiprocessors", value=0), "multiprocessors: expected at least", id="none"),
+        pytest.param(changed("device", "warp_size", value=-32), "warp_size: expected at least 1", id="warp"),
+        pytest.param(changed("device", "backend", value="tpu"), "backend: expected cuda, hip or", id="backend"),
+        pytest.param(changed("entries", 0, "choices", "slices", value=2**70), "slices=1180591620717411", id="2^70"),
         pytest.param(changed("versions", "torch", value=2.13), "versions: torch: expected str", id="versions"),
         pytest.param(changed("entries", value={}), "entries: expected list", id="entries"),
         pytest.param(changed("entries", 0, value=7), "entry 0: .* expected dict, got 7", id="entry"),
@@ -264,7 +269,12 @@ def test_bad_content_names_file_and_entry(content, message, tmp_path):
         pytest.param(b"\xff\xfe\x00", "decode", id="not-text"),
         pytest.param(pickle.dumps(VALID), "decode|Expecting value", id="pickle"),
         pytest.param(b'{"schema": NaN}', "NaN is not a number of JSON", id="nan"),
+        pytest.param(b'{"schema": 1e400}', "schema: expected 1, got inf", id="beyond-floats"),
+        pytest.param(b'{"schema": -Infinity}', "-Infinity is not a number of JSON", id="infinity"),
         pytest.param(b'{"schema": 1, "schema": 1}', "'schema' stands twice", id="field-twice"),
+        pytest.param(
+            b'{"schema": 1, "more": [' + b'{"x": 1, "x": 1},' * 10**5 + b"1]}", "'x' stands twice", id="repeated"
+        ),
         pytest.param(b"[" * 10**6, "nested too deeply|Expecting", id="deep"),
         pytest.param(b'{"schema": ' + b"1" * 10**5 + b"}", "limit", id="long-number"),
         pytest.param(b" " * (2**24 + 1), "larger than", id="large"),
@@ -276,6 +286,21 @@ def test_bad_text_names_the_file(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as refused:
         tuned.load(path)
     assert str(path) in str(refused.value)
+
+
+def test_path_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json: expected a file, got a folder or a device"):
+        tuned.load(tmp_path / "pipe.json")
+    (tmp_path / "folder" / "plans.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"plans\.json: expected a file, got a folder or a device"):
+        tuned.load(tmp_path / "folder")
+    (tmp_path / "link.json").symlink_to(write(tmp_path / "plans.json", entry()))
+    tuned.load(tmp_path / "link.json")
+    assert plan.plan(*SIZES).forward.slices == 8
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(ValueError, match=r"loop\.json"):
+        tuned.load(tmp_path / "loop.json")
 
 
 def test_truncated_file_is_refused_wherever_it_ends(tmp_path):

@@ -439,9 +439,17 @@ def cooperative(
         ReadBeforeWrite: with `poison`, a program read what nobody has written.
         TwoWriters: with `one_writer`, two programs wrote the same word.
         ProgramError: a program raised.
+        TypeError, ValueError: an argument of the wrong type, or no policy.
+        RuntimeError: Triton does not interpret here, or the block is inside another.
     """
     if not knobs.runtime.interpret:
         raise RuntimeError("cooperative needs the interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    if not isinstance(seed, (int, type(None))):
+        raise TypeError(f"seed: expected an int or None, got {seed!r}")
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {list(POLICIES)}, got {policy!r}")
+    if isinstance(self_validating, (str, torch.Tensor)) or not isinstance(self_validating, Iterable):
+        raise TypeError(f"self_validating: expected names or tensors in a list, got {type(self_validating).__name__}")
     if policy is None:
         policy = "round-robin" if seed is None else ("uniform", "bursts", "priorities")[seed % 3]
     call = interpreter.GridExecutor.__call__
