@@ -303,7 +303,7 @@ class _ForwardWalk:
             sigmoids.sigmoid_()
             g.tanh_()
             i = cell.input_gate(s, z_p if cell.kind == "formula" else p, softmax)
-            torch.mul(f, c, out=c_next).addcmul_(i, g)
+            torch.mul(i, g, out=c_next).addcmul_(f, c)
             torch.tanh(c_next, out=tanh_c)
             torch.mul(o, tanh_c, out=h_next)
             if kept is not None:

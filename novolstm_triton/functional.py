@@ -379,8 +379,8 @@ def _run_projected(
     """
     x, h_0, c_0, weight_ih, weight_hh, *others = arguments
     steps, lengths, recurrent = x.shape[0], extras.lengths, weight_hh
+    t = torch.arange(steps, device=x.device).unsqueeze(1)
     if has_h_0:
-        t = torch.arange(steps, device=x.device).unsqueeze(1)
         first = 0 if not options.reverse else steps - 1 if lengths is None else lengths - 1
         is_first = (t == first).unsqueeze(2)
         x = torch.cat((x, torch.where(is_first, h_0, torch.zeros_like(h_0)).expand(steps, *h_0.shape)), 2)
@@ -388,10 +388,13 @@ def _run_projected(
         weight_ih = torch.cat((weight_ih, torch.nn.functional.pad(weight_hh, (0, 0, 0, missing))), 1)
     plain = (x, torch.zeros_like(c_0), c_0, weight_ih, recurrent @ weight_hr, *others)
     y, h_n, c_n = _run(plain, None, False, extras, options, backend)
-    h_n = h_n @ weight_hr.t()
-    if lengths is not None and has_h_0:
-        h_n = torch.where((lengths > 0).unsqueeze(1), h_n, h_0)
-    return y @ weight_hr.t(), h_n, c_n
+    y, h_n = y @ weight_hr.t(), h_n @ weight_hr.t()
+    if lengths is not None:
+        # Zeros as they are; but the gradient of padding may be anything, even NaN, and stops here.
+        y = y.masked_fill((t >= lengths).unsqueeze(2), 0)
+        if has_h_0:
+            h_n = torch.where((lengths > 0).unsqueeze(1), h_n, h_0)
+    return y, h_n, c_n
 
 
 @torch.library.custom_op("novolstm_triton::forward", mutates_args=())

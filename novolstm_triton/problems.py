@@ -102,11 +102,13 @@ class Problem:
             options["zoneout"] = (0.25, 0.125)
         return options
 
-    def call(self, inputs: Sequence[Tensor], lengths: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, h_n and c_n of inputs like those of `draw`, in any dtype."""
-        options, device = self.options(), inputs[0].device
+    def call(
+        self, inputs: Sequence[Tensor], lengths: Tensor | None, backend: str, **changes: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, h_n and c_n of inputs like those of `draw`, in any dtype; `changes` replace what `options` says."""
+        options, device = self.options() | changes, inputs[0].device
         for name, dtype in (("h_mask", inputs[0].dtype), ("zoneout_mask", torch.uint8)):
-            if name in options:
+            if options.get(name) is not None:
                 options[name] = options[name].to(device, dtype)
         if self.projection:
             *inputs, options["weight_hr"] = inputs

@@ -124,20 +124,23 @@ def test_lengths_at_their_limits(variant, edge, reverse, chunk_of):
         assert_bitwise(results, differentiate(problem, "torch"))
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("projection", [0, 2], ids=["whole", "projected"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
-def test_padding_is_never_used(reverse, chunk_of):
+def test_padding_is_never_used(reverse, projection, backend, chunk_of):
+    """Neither that of x nor that of the gradient of y."""
     chunk_of(3)
-    problem, lengths = Problem(8, 3, 5, reverse=reverse), torch.tensor([8, 2, 0])
+    problem, lengths = Problem(8, 3, 5, reverse=reverse, projection=projection), torch.tensor([8, 2, 0])
     padding = (torch.arange(8).unsqueeze(1) >= lengths).unsqueeze(2)
-    inputs, _, grads = problem.draw()
-    results = []
+    names, results = (*RESULTS, "grad weight_hr")[: 12 if projection else 11], []
     for filler in (0.0, float("nan")):
-        leaves = [a.clone() for a in inputs]
-        leaves[0].masked_fill_(padding, filler)
+        leaves, _, grads = problem.draw()
+        for padded in (leaves[0], grads[0]):
+            padded.masked_fill_(padding, filler)
         leaves = [a.requires_grad_() for a in leaves]
-        outputs = call(problem, "torch", leaves, lengths)
+        outputs = call(problem, backend, leaves, lengths)
         values = (*outputs, *torch.autograd.grad(outputs, leaves, grads))
-        results.append({name: value.detach() for name, value in zip(RESULTS, values, strict=True)})
+        results.append({name: value.detach() for name, value in zip(names, values, strict=True)})
     assert_bitwise(results[1], results[0])
 
 
