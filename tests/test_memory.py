@@ -1,9 +1,14 @@
 """What stays in memory between forward and backward."""
 
+import contextlib
+
 import pytest
 import torch
 
-from novolstm_triton import NovoLSTM
+from novolstm_triton import NovoLSTM, plan
+from novolstm_triton.testing import cooperative
+
+from .problems import Problem
 
 
 def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -37,3 +42,39 @@ def test_the_reference_keeps_more():
     x = torch.randn(64, 4, 32, requires_grad=True)
     kept, y = kept_bytes(NovoLSTM(32, 32, backend="reference"), x)
     assert kept > 5 * (x.nbytes + y.nbytes)
+
+
+SIZES = [pytest.param(steps, chunk, id=f"T{steps}-chunk{chunk}") for steps, chunk in ((1, 1), (7, 2), (8, 4), (5, 9))]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("torch", torch.float64, id="torch-fp64"),
+        pytest.param("torch", torch.float32, id="torch-fp32"),
+        pytest.param("torch", torch.bfloat16, id="torch-bf16"),
+        pytest.param("triton", torch.float32, id="triton-fp32"),
+        pytest.param("triton", torch.float16, id="triton-fp16"),
+    ],
+)
+@pytest.mark.parametrize("cell", ["lstm", "formula"])
+@pytest.mark.parametrize(("steps", "chunk"), SIZES)
+def test_keeps_what_is_given_y_and_c_at_every_border_exactly(steps, chunk, cell, backend, dtype):
+    """Of the call's own: y in the dtype of x, and c in fp32, or fp64, before every chunk and after the last."""
+    problem = Problem(steps, 2, 3, cell=cell)
+    inputs = [a.to(dtype).requires_grad_() for a in problem.draw()[0]]
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        plan.forced(chunk=chunk),
+        cooperative() if backend == "triton" else contextlib.nullcontext(),
+    ):
+        y, _, _ = problem.call(inputs, None, backend)
+    borders = -(-steps // chunk) + 1
+    own = y.nbytes + borders * 2 * 3 * (8 if dtype == torch.float64 else 4)
+    assert sum(saved.values()) == sum(a.nbytes for a in inputs) + own
