@@ -314,13 +314,14 @@ def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple
     tensors: dict[str, Any] = dict(zip(_GRADIENTS, given, strict=True))
     x, weight_ih, weight_hh = (tensors[name] for name in ("x", "weight_ih", "weight_hh"))
     lead, both = tuple(weight_ih.shape[:-2]), "2, " if weight_ih.dim() == 3 else ""
-    for name, tensor, fits, wanted in (
+    ranks: tuple[tuple[str, Any, bool, str], ...] = (
         ("x", x, x.dim() == 3, "[T, B, I]"),
         ("weight_ih", weight_ih, weight_ih.dim() > 1 and lead in ((), (2,)), "[G·H, I] or [2, G·H, I]"),
         ("weight_hh", weight_hh, _are_matrices(weight_hh, lead), f"[{both}R·H, H]"),
         ("weight_hr", weight_hr, weight_hr is None or _are_matrices(weight_hr, lead), f"[{both}P, H]"),
-    ):
-        if not fits:
+    )
+    for name, tensor, fits, wanted in ranks:
+        if tensor is not None and not fits:
             raise ValueError(f"{name}: expected {wanted}, got shape {list(tensor.shape)}")
     hidden = (weight_hh if weight_hr is None else weight_hr).shape[-1]
     shapes = {

@@ -610,12 +610,13 @@ def test_call_with_such_sizes_ends_before_anything_is_allocated(monkeypatch):
     given = [zeros(1, 1, 1), None, None, *(zeros(*s, device="meta") for s in ((4 * 46341, 1), (4 * 46341, 46341)))]
     x, hidden = given[0].to("meta"), 46341
     state = zeros(1, hidden, device="meta")
-    inputs = (x, state, state, *given[3:], zeros(4 * hidden, device="meta"), *[zeros(0, device="meta")] * 2)
+    inputs: tuple[Any, ...] = (x, state, state, *given[3:], zeros(4 * hidden, device="meta"))
+    inputs += (zeros(0, device="meta"),) * 2
     options = dict(eps=0.0, gate_gain=1.0, zoneout_h=0.0, zoneout_c=0.0, cell="lstm", reverse=False, chunk=1)
     allocate = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *s, **o: pytest.fail(f"{s} {o} {allocate}"))
     with pytest.raises(ValueError, match="H·H, a recurrent weight"):
-        launch.forward(*inputs, None, None, None, **options)
+        launch.forward(*[*inputs, None, None, None], **options)
 
 
 def test_more_batch_tiles_than_a_grid_takes_run_in_successive_launches():
