@@ -1,0 +1,257 @@
+"""Layers at the edges of their numbers: cases, what their results should be, and how far each backend is from that."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
+from novolstm_triton.problems import FLOORS, INPUTS, RESULTS, Problem, errors, excess
+from novolstm_triton.testing import cooperative
+
+ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
+"""A device on which every tiling fits."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKENDS = ("torch", "triton")
+
+GRADS = ("dy", "dh_n", "dc_n")
+
+_TINY = {torch.float32: 1e-39, torch.bfloat16: 1e-39, torch.float16: 2e-6}
+_HUGE = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 1e4}
+_GAIN = {torch.float32: 1e6, torch.bfloat16: 1e6, torch.float16: 1e3}
+
+
+class Operands:
+    """A problem's inputs and outgoing gradients by their names, to be changed in place, in float64."""
+
+    def __init__(self, problem: "Extreme", inputs: list[Tensor], grads: list[Tensor]) -> None:
+        self.all = dict(zip((*INPUTS, *GRADS), (*inputs, *grads), strict=True))
+        self.dtype, self.hidden = problem.dtype, problem.hidden
+        self._gates = CELLS[problem.cell].gates
+        self._generator = torch.Generator().manual_seed(17)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return one of them."""
+        return self.all[name]
+
+    def block(self, name: str, gate: str) -> Tensor | None:
+        """Return the rows of a gate in weight_ih, weight_hh or bias, or None if there are none."""
+        first = self._gates.index(gate) * self.hidden if gate in self._gates else len(self.all[name])
+        rows = self.all[name][first : first + self.hidden]
+        return rows if len(rows) else None
+
+    def bias(self, gate: str, values: Tensor | float) -> None:
+        """Set a gate's bias, if there is such a gate."""
+        if (rows := self.block("bias", gate)) is not None:
+            rows.copy_(torch.as_tensor(values, dtype=rows.dtype))
+
+    def equal_units(self, *gates: str) -> None:
+        """Make a gate's pre-activations equal in all units, whatever the input."""
+        for gate in gates:
+            for name in ("weight_ih", "weight_hh", "bias"):
+                if (rows := self.block(name, gate)) is not None:
+                    rows.copy_(rows[:1].clone().expand_as(rows))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw numbers from 0 to 1."""
+        return torch.rand(*shape, generator=self._generator, dtype=torch.float64)
+
+
+def _large(a: Operands, count: int) -> Tensor:
+    """Draw numbers of either sign with magnitudes from 1e2 to 1e4."""
+    return 10 ** (2 + 2 * a.uniform(count)) * torch.where(a.uniform(count) < 0.5, -1.0, 1.0)
+
+
+def some_saturated(a: Operands) -> None:
+    bias = a["bias"]
+    bias.copy_(torch.where(a.uniform(len(bias)) < 0.5, _large(a, len(bias)), bias))
+
+
+def all_saturated(a: Operands) -> None:
+    bias = a["bias"]
+    bias.copy_(_large(a, len(bias)))
+    # No two units may come close to sharing the softmax.
+    a.bias("p", torch.linspace(-1e4, 1e4, a.hidden))
+
+
+def one_hot(a: Operands) -> None:
+    a.bias("p", torch.eye(a.hidden)[1] * 1e4)
+
+
+def uniform_softmax(a: Operands) -> None:
+    a.equal_units("p")
+
+
+def uniform_softmax_far_out(a: Operands) -> None:
+    a.equal_units("p")
+    a.bias("p", 1e4)
+
+
+def zero_variance(a: Operands) -> None:
+    # Of σ(z_i), and of σ(z_i)·p, too.
+    a.equal_units("i", "p")
+
+
+def small_variance(a: Operands) -> None:
+    a.equal_units("i", "p")
+    a.bias("i", 0.7 + 1e-3 * a.uniform(a.hidden))
+
+
+def equal_preactivations(a: Operands) -> None:
+    a.equal_units("f", "g", "o")
+
+
+def slices_apart(a: Operands) -> None:
+    """In the first slice σ(z_i) is near 0 and z_p far below, in the others σ(z_i) is near 1."""
+    low = torch.arange(a.hidden) < -(-a.hidden // 3)
+    a.bias("i", torch.where(low, -8.0, 8.0))
+    a.bias("p", torch.where(low, -1e3, 0.0))
+
+
+def gamma_zero(a: Operands) -> None:
+    a["ln_weight"].zero_()
+
+
+def beta_large(a: Operands) -> None:
+    a["ln_bias"][: a.hidden] += 1e3
+
+
+def subnormal(a: Operands) -> None:
+    for name in ("x", "h_0", "c_0"):
+        a[name].mul_(_TINY[a.dtype])
+    a["bias"].zero_()
+
+
+def huge(a: Operands) -> None:
+    """The weights make up for it, so that the gates are where they usually are."""
+    a["x"].mul_(_HUGE[a.dtype])
+    a["weight_ih"].div_(_HUGE[a.dtype])
+    for name in GRADS:
+        a[name].mul_(0.1)
+
+
+def huge_preactivations(a: Operands) -> None:
+    a["x"].mul_(_HUGE[a.dtype])
+
+
+def growing_state(a: Operands) -> None:
+    a.bias("f", 30.0)
+    for gate in "ig":
+        a.bias(gate, 3.0)
+
+
+def unchanged(a: Operands) -> None:
+    """Leave everything as it was drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is asked of which cells."""
+
+    change: Callable[[Operands], None]
+    cells: tuple[str, ...] = ("formula", "notebook")
+    sizes: tuple[tuple[str, int], ...] = ()
+    lengths: bool = False
+    gain: dict[torch.dtype, float] | None = None
+    zero: tuple[str, ...] = ()
+    """Results that are zero in exact arithmetic: their error is absolute."""
+
+    def problem(self, cell: str, dtype: torch.dtype) -> "Extreme":
+        """Return the case's problem for a cell whose inputs are rounded to `dtype`."""
+        sizes = dict(steps=3, batch=3, hidden=7, inputs_size=3) | dict(self.sizes)
+        gain = None if self.gain is None else self.gain[dtype]
+        return Extreme(**sizes, cell=cell, lengths=self.lengths, change=self.change, dtype=dtype, gain=gain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extreme(Problem):
+    """A problem whose inputs are changed after they are drawn."""
+
+    change: Callable[[Operands], None] = unchanged
+    dtype: torch.dtype = torch.float32
+    gain: float | None = None
+
+    @property
+    def gate_gain(self) -> float:
+        """The case's gain, if it has one."""
+        return super().gate_gain if self.gain is None else self.gain
+
+    def draw(self) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+        """Return the inputs of `Problem.draw`, changed."""
+        inputs, lengths, grads = super().draw()
+        operands = Operands(self, inputs, grads)
+        self.change(operands)
+        return [operands[name] for name in INPUTS], lengths, [operands[name] for name in GRADS]
+
+
+_ALL_CELLS = tuple(CELLS)
+_WEIGHTS = ("grad x", "grad h_0", "grad weight_ih", "grad weight_hh", "grad bias")
+
+CASES = {
+    "some gates saturated": Case(some_saturated, _ALL_CELLS),
+    "all gates saturated": Case(all_saturated, ("lstm", "formula", "notebook"), zero=_WEIGHTS),
+    "some gates saturated, lengths": Case(some_saturated, lengths=True, sizes=(("steps", 5),)),
+    "one-hot softmax": Case(one_hot),
+    "one-hot softmax, lengths": Case(one_hot, lengths=True, sizes=(("steps", 5),)),
+    "uniform softmax": Case(uniform_softmax),
+    "uniform softmax, z_p = 1e4": Case(uniform_softmax_far_out),
+    "zero variance": Case(zero_variance, zero=("grad ln_weight",)),
+    "small variance": Case(small_variance),
+    "equal pre-activations": Case(equal_preactivations, ("formula_all", "notebook_all")),
+    "slices far apart": Case(slices_apart, ("formula", "notebook", "formula_all")),
+    "one unit": Case(unchanged, _ALL_CELLS, sizes=(("hidden", 1),), zero=("grad ln_weight",)),
+    "γ = 0": Case(gamma_zero),
+    "β about 1e3": Case(beta_large),
+    "subnormal inputs": Case(subnormal, ("lstm", "formula", "notebook")),
+    "huge inputs": Case(huge, ("lstm", "formula", "notebook")),
+    "huge pre-activations": Case(huge_preactivations, ("lstm", "formula", "notebook"), zero=_WEIGHTS),
+    "gain 1e-6": Case(unchanged, gain=dict.fromkeys(DTYPES.values(), 1e-6)),
+    "gain 1e6, fp16 1e3": Case(unchanged, gain=_GAIN),
+    "growing c": Case(growing_state, ("lstm", "formula", "notebook"), sizes=(("steps", 24), ("batch", 1))),
+}
+
+
+class Measured(NamedTuple):
+    """The array of a run that is nearest to its bound: its error, the eager loop's, and the bound."""
+
+    array: str
+    error: float
+    eager: float
+    bound: float
+
+
+@functools.cache
+def expected(name: str, cell: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return a case's results in float64, and the eager loop's largest errors in `dtype`."""
+    problem = CASES[name].problem(cell, dtype)
+    truth = problem.run("reference", torch.float64, rounded=dtype)
+    return truth, distances(CASES[name], problem.run("reference", dtype), truth)
+
+
+def distances(case: Case, result: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Return each array's largest error relative to the truth's largest magnitude; absolute if the truth is zero."""
+    found = {}
+    for array in truth:
+        least = 1.0 if array in case.zero else 1e-45
+        ((found[array], _),) = errors({array: result[array]}, {array: truth[array]}, least).values()
+    return found
+
+
+def measure(name: str, cell: str, backend: str, dtype: torch.dtype) -> Measured:
+    """Run a case, on "triton" in three slices if it has as many units, in chunks of two steps."""
+    case = CASES[name]
+    problem = case.problem(cell, dtype)
+    truth, eager = expected(name, cell, dtype)
+    slices = min(3, problem.hidden)
+    with cooperative(0, check_races=False), plan.forced(device=ROOMY, slices=slices, chunk=max(2, problem.steps // 2)):
+        result = problem.run(backend, dtype)
+    rows = []
+    for array, error in distances(case, result, truth).items():
+        bound = FLOORS[dtype] + 2 * eager[array]
+        rows.append(Measured(array, error, eager[array], bound))
+    return max(rows, key=lambda row: excess(row.error, row.bound))
