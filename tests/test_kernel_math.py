@@ -6,9 +6,9 @@ import triton.language as tl
 
 from novolstm_triton.kernels.math import (
     mean_and_m2,
-    mean_m2_and_logsumexp,
-    merge_logsumexp,
+    mean_m2_and_sumexp,
     merge_mean_and_m2,
+    merge_sumexp,
     tanh,
 )
 from novolstm_triton.testing import cooperative
@@ -39,12 +39,13 @@ def statistics_kernel(x_ptr, out_ptr, UNITS: tl.constexpr, SLICES: tl.constexpr,
     mask = place < UNITS
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
     counts = tl.sum(mask.to(tl.float32), 1)
-    mean, m2, maximum, sumexp = mean_m2_and_logsumexp(x, x, counts, mask)
+    mean, m2, maximum, sumexp = mean_m2_and_sumexp(x, x, counts, mask)
     merged_mean, merged_m2 = merge_mean_and_m2(mean[None, :], m2[None, :], counts, UNITS)
     one = tl.arange(0, 1)
     tl.store(out_ptr + one, merged_mean)
     tl.store(out_ptr + 1 + one, merged_m2)
-    tl.store(out_ptr + 2 + one, merge_logsumexp(maximum[None, :], sumexp[None, :]))
+    merged_maximum, merged_sumexp = merge_sumexp(maximum[None, :], sumexp[None, :])
+    tl.store(out_ptr + 2 + one, merged_maximum + tl.log(merged_sumexp))
     whole_mean, whole_m2 = mean_and_m2(tl.reshape(x, (1, SLICES * N)), UNITS * 1.0, tl.reshape(mask, (1, SLICES * N)))
     tl.store(out_ptr + 3 + one, whole_mean)
     tl.store(out_ptr + 4 + one, whole_m2)
