@@ -111,8 +111,8 @@ def equal_preactivations(a: Operands) -> None:
 
 
 def slices_apart(a: Operands) -> None:
-    """In the first slice σ(z_i) is near 0 and z_p far below, in the others σ(z_i) is near 1."""
-    low = torch.arange(a.hidden) < -(-a.hidden // 3)
+    """In the first of two slices σ(z_i) is near 0 and z_p far below, in the other σ(z_i) is near 1."""
+    low = torch.arange(a.hidden) < -(-a.hidden // 2)
     a.bias("i", torch.where(low, -8.0, 8.0))
     a.bias("p", torch.where(low, -1e3, 0.0))
 
@@ -210,21 +210,23 @@ CASES = {
     "uniform softmax": Case(uniform_softmax),
     "uniform softmax, z_p = 1e4": Case(uniform_softmax_far_out),
     "zero variance": Case(zero_variance, zero=("grad ln_weight",)),
-    "small variance": Case(small_variance),
+    "small variance": Case(small_variance, ("formula",)),
     "equal pre-activations": Case(equal_preactivations, ("formula_all", "notebook_all")),
-    "slices far apart": Case(slices_apart, ("formula", "notebook", "formula_all")),
+    "slices far apart": Case(slices_apart),
     "one unit": Case(unchanged, ("lstm", "formula", "notebook"), sizes=(("hidden", 1),), zero=("grad ln_weight",)),
     "one unit, normalised": Case(
         unchanged, ("formula_all", "notebook_all"), sizes=(("hidden", 1),), zero=(*_WEIGHTS, "grad ln_weight")
     ),
     "γ = 0": Case(gamma_zero),
     "β about 1e3": Case(beta_large),
-    "subnormal inputs": Case(subnormal, ("lstm", "formula", "notebook"), dtypes=("fp32", "fp16")),
+    "subnormal inputs": Case(subnormal, ("lstm", "formula", "notebook"), dtypes=("fp32", "fp16"), zero=("grad ln_weight",)),
     "huge inputs": Case(huge, ("lstm", "formula", "notebook")),
-    "huge pre-activations": Case(huge_preactivations, ("lstm", "formula", "notebook"), zero=_WEIGHTS),
-    "gain 1e-6": Case(unchanged, gain=dict.fromkeys(DTYPES.values(), 1e-6)),
+    "huge pre-activations": Case(
+        huge_preactivations, ("lstm", "formula", "notebook"), dtypes=("fp32", "bf16"), zero=_WEIGHTS
+    ),
+    "gain 1e-6": Case(unchanged, ("formula",), gain=dict.fromkeys(DTYPES.values(), 1e-6)),
     "gain 1e6, fp16 1e3": Case(unchanged, gain=_GAIN),
-    "growing c": Case(growing_state, ("lstm", "formula", "notebook"), sizes=(("steps", 24),)),
+    "growing c": Case(growing_state, ("lstm", "formula", "notebook"), sizes=(("steps", 12),)),
 }
 
 
@@ -273,10 +275,10 @@ def distances(result: dict[str, Tensor], truth: dict[str, Tensor], least: dict[s
 
 
 def measure(name: str, cell: str, backend: str, dtype_name: str) -> Measured:
-    """Run a row of the table, on "triton" in three slices if it has as many units, in two chunks."""
+    """Run a row of the table, on "triton" in two slices if it has as many units, in two chunks."""
     dtype = DTYPES[dtype_name]
     problem, should = CASES[name].problem(cell, dtype), expected(name, cell, dtype)
-    pins = dict(slices=min(3, problem.hidden), chunk=(problem.steps + 1) // 2)
+    pins = dict(slices=min(2, problem.hidden), chunk=(problem.steps + 1) // 2)
     with cooperative(0, check_races=False), plan.forced(device=ROOMY, **pins):
         found = distances(problem.run(backend, dtype), should.truth, should.least)
     rows = [
@@ -380,10 +382,10 @@ def _add(a: list, b: list, factor: mpmath.mpf) -> list:
 DRIFT_BACKENDS = {"torch": 2**17, "reference": 2**13, "triton": 2**11}
 """How many steps each backend walks: an interpreted kernel takes a thousand times as long as a step of "torch"."""
 
-DRIFT_COLUMNS = [("lstm", "torch"), ("formula", "torch"), ("formula", "reference"), ("formula", "triton")]
+DRIFT_COLUMNS = [("lstm", "torch"), ("formula", "torch"), ("formula", "reference"), ("lstm", "triton")]
 """Cell and backend of every column of the page's second table but the first."""
 
-DRIFT_BOUND = 5e-6
+DRIFT_BOUND = 5e-5
 """On the error of y, whose values are between −1 and 1, in fp32."""
 
 
