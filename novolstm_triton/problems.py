@@ -129,9 +129,7 @@ class Problem:
         return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
 
 
-def errors(
-    result: dict[str, Tensor], truth: dict[str, Tensor], least: float = 1e-6
-) -> dict[str, tuple[float, float]]:
+def errors(result: dict[str, Tensor], truth: dict[str, Tensor], least: float = 1e-6) -> dict[str, tuple[float, float]]:
     """Return each array's largest and root-mean-square error, relative to the truth's largest magnitude."""
     table = {}
     for name, expected in truth.items():
