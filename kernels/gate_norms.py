@@ -33,14 +33,21 @@ def cell_partials(z, count, mask, partials: tl.constexpr, GATE_NORMS: tl.constex
     own = partials(z, count, mask)
     if GATE_NORMS:
         totals = row_sums((tl.where(mask, z[1], 0.0), tl.where(mask, z[2], 0.0), tl.where(mask, z[3], 0.0)))
+        # As in `mean_and_m2`, three at a time.
+        count = tl.maximum(count, 1.0)
         means = ()
+        deviations = ()
         squares = ()
         for k in tl.static_range(3):
-            mean = totals[k] / tl.maximum(count, 1.0)
+            mean = totals[k] / count
             deviation = tl.where(mask, z[k + 1] - mean[:, None], 0.0)
             means = means + (mean,)
+            deviations = deviations + (deviation,)
             squares = squares + (deviation * deviation,)
-        own = own + means + row_sums(squares)
+        rests = row_sums(deviations)
+        for k in tl.static_range(3):
+            own = own + (means[k] + rests[k] / count,)
+        own = own + row_sums(squares)
     return own
 
 

@@ -9,28 +9,29 @@ import triton.language as tl
 
 from .cell import CellKernels
 from .lstm import grad_of_state
-from .math import mean_and_m2, mean_m2_and_logsumexp, merge_logsumexp, merge_mean_and_m2, row_sums, tanh
+from .math import mean_and_m2, mean_m2_and_sumexp, merge_mean_and_m2, merge_sumexp, row_sums, tanh
 
 
 @triton.jit
 def formula_partials(z, count, mask):
     """Return mean and M2 of σ(z_i), maximum and Σexp of z_p."""
-    return mean_m2_and_logsumexp(tl.sigmoid(z[0]), z[4], count, mask)
+    return mean_m2_and_sumexp(tl.sigmoid(z[0]), z[4], count, mask)
 
 
 @triton.jit
 def formula_merge(parts, count, total, eps):
-    """Return the normalisation's mean and 1/√(variance + ε), and the softmax's log-sum-exp."""
+    """Return the normalisation's mean and 1/√(variance + ε), the softmax's maximum and 1/Σexp."""
     mean, m2 = merge_mean_and_m2(parts[0], parts[1], count, total)
-    return mean, tl.rsqrt(m2 / total + eps), merge_logsumexp(parts[2], parts[3])
+    maximum, sumexp = merge_sumexp(parts[2], parts[3])
+    return mean, tl.rsqrt(m2 / total + eps), maximum, 1.0 / sumexp
 
 
 @triton.jit
 def formula_update(z, stats, c, gamma, beta):
     """i = (γ·x̂ + β)·p,  c = f·c + i·g,  h = o·tanh(c), with x̂ = (σ(z_i) − mean)·rstd and p = softmax(z_p)."""
-    mean, rstd, lse = stats
+    mean, rstd, maximum, scale = stats
     n = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None] * gamma[0] + beta[0]
-    p = tl.exp(z[4] - lse[:, None])
+    p = tl.exp(z[4] - maximum[:, None]) * scale[:, None]
     c = tl.sigmoid(z[1]) * c + n * p * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
 
@@ -38,11 +39,11 @@ def formula_update(z, stats, c, gamma, beta):
 @triton.jit
 def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
     """Return S1 = Σ dp·p, S2 = Σ dx̂ and S3 = Σ dx̂·x̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
-    mean, rstd, lse = stats
+    mean, rstd, maximum, scale = stats
     s = tl.sigmoid(z[0])
     xhat = (s - mean[:, None]) * rstd[:, None]
     n = gamma[0] * xhat + beta[0]
-    p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
+    p = tl.where(mask, tl.exp(z[4] - maximum[:, None]) * scale[:, None], 0.0)
     dz, dc_prev, di = grad_of_state(z, n * p, c, c_prev, dh, dc)
     dn = di * p
     dxhat = gamma[0] * dn
@@ -64,10 +65,10 @@ def formula_grad_finish(pending, stats, sums, total, eps):
 @triton.jit
 def formula_companions(z, stats, mask, total):
     """Return p of S1, w of S2 and w·x̂ of S3, with w = rstd·s(1−s)/H: see `formula_grad_finish`."""
-    mean, rstd, lse = stats
+    mean, rstd, maximum, scale = stats
     s = tl.sigmoid(z[0])
     w = rstd[:, None] * s * (1.0 - s) / total
-    p = tl.where(mask, tl.exp(z[4] - lse[:, None]), 0.0)
+    p = tl.where(mask, tl.exp(z[4] - maximum[:, None]) * scale[:, None], 0.0)
     return p, w, w * (s - mean[:, None]) * rstd[:, None]
 
 
@@ -134,7 +135,7 @@ FORMULA = CellKernels(
     grad_finish=formula_grad_finish,
     companions=formula_companions,
     partial_rows=4,
-    stats=3,
+    stats=4,
     grad_rows=3,
     early=(1, 2, 3),
     late=(0, 4),

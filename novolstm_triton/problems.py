@@ -131,12 +131,12 @@ class Problem:
         return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
 
 
-def errors(result: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+def errors(result: dict[str, Tensor], truth: dict[str, Tensor], least: float = 1e-6) -> dict[str, tuple[float, float]]:
     """Return each array's largest and root-mean-square error, relative to the truth's largest magnitude."""
     table = {}
     for name, expected in truth.items():
         # An array of nothing but rounding errors (dγ of a single unit) has no scale of its own: take 1e-6 at least.
-        scale = expected.abs().max().clamp_min(1e-6).item()
+        scale = max(expected.abs().max().item(), least)
         difference = (result[name].double() - expected.double()) / scale
         table[name] = (difference.abs().max().item(), difference.square().mean().sqrt().item())
     return table

@@ -152,6 +152,10 @@ def layer(
     options: dict[str, Any] = dict(zoneout_h=zoneout_h, zoneout_c=zoneout_c)
     options |= dict(eps=eps, gate_gain=gate_gain, cell=cell)
     h, c = h_0, c_0
+    if lengths is not None:
+        # Padding may hold anything, even NaN, and must not reach a product: in backward 0 · NaN is NaN.
+        padding = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
+        x = x.masked_fill(padding.unsqueeze(2), 0)
     y = [h_0] * x.shape[0]
     for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
         valid = None if lengths is None else (t < lengths).unsqueeze(1)

@@ -11,6 +11,7 @@ import sys
 FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "verification"
 
 FAULTS, DEVICES, PROTOCOLS = "seeded-faults", "devices", "protocols"
+NUMERICS, DRIFT = "numerics", "drift"
 
 
 def faults() -> list[tuple[str, ...]]:
@@ -81,7 +82,28 @@ def protocol_row(kind) -> tuple[str, ...]:
     return name, kind.exchange, str(kind.exchanges), sums, " and ".join(waits)
 
 
-TABLES = {FAULTS: faults, DEVICES: devices, PROTOCOLS: protocols}
+def numerics() -> list[tuple[str, ...]]:
+    """Return case, cell, backend, dtype, and the errors and bound of the array that is nearest to its bound."""
+    from . import numerics as cases
+
+    rows = []
+    for key in cases.ROWS:
+        found = cases.measure(*key)
+        beyond = " (exceeded)" if found.error > found.bound else ""
+        rows.append((*key, f"{found.error:.1e}", f"{found.eager:.1e}", f"{found.bound:.1e}{beyond}"))
+    return rows
+
+
+def drift() -> list[tuple[str, ...]]:
+    """Return t and the errors of y until then, of every cell and backend, where it has walked so far."""
+    from .numerics import DRIFT_COLUMNS
+    from .numerics import drift as walked
+
+    errors = [walked(*column) for column in DRIFT_COLUMNS]
+    return [(f"{t:,}", *(f"{found[t]:.1e}" if t in found else "" for found in errors)) for t in errors[0]]
+
+
+TABLES = {FAULTS: faults, DEVICES: devices, PROTOCOLS: protocols, NUMERICS: numerics, DRIFT: drift}
 """What makes the rows below the line `<!-- table NAME -->` and the table's header."""
 
 
