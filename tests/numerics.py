@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpmath
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
-from novolstm_triton.problems import FLOORS, INPUTS, RESULTS, Problem, errors, excess
+from novolstm_triton.problems import FLOORS, INPUTS, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
 ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
@@ -361,11 +361,11 @@ class Exact:
         weights, biases = (inputs[name][first : first + hidden] for name in ("ln_weight", "ln_bias"))
         return [w * (v - mean) * rstd + b for v, w, b in zip(a, weights, biases, strict=True)]
 
-    def loss(self, inputs: dict[str, list]) -> mpmath.mpf:
+    def loss(self, inputs: dict[str, list]) -> Any:
         """Return Σ outgoing gradient · output."""
         return mpmath.fdot(flat(self.grads), flat(list(self.outputs(inputs))))
 
-    def slope(self, name: str, signs: Tensor) -> mpmath.mpf:
+    def slope(self, name: str, signs: Tensor) -> Any:
         """Return the derivative of the loss in the direction of `signs`, which has the shape of an input."""
         step = mpmath.mpf(10) ** -50
         moved = _add(self.inputs[name], self._exact(signs * 1.0), step)
@@ -377,7 +377,7 @@ def flat(values: list) -> list:
     return [v for part in values for v in flat(part)] if isinstance(values, list) else [values]
 
 
-def _add(a: list, b: list, factor: mpmath.mpf) -> list:
+def _add(a: list, b: list, factor: Any) -> list:
     return [_add(u, v, factor) for u, v in zip(a, b, strict=True)] if isinstance(a, list) else a + factor * b
 
 

@@ -17,7 +17,6 @@ from novolstm_triton.kernels.math import (
 )
 from novolstm_triton.testing import cooperative
 
-
 FUNCTIONS = {
     "tanh": (0, np.tanh),
     "sigmoid": (1, lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), 1) / (1 + np.exp(-np.abs(x)))),
