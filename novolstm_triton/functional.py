@@ -318,9 +318,9 @@ def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple
         ("x", x, x.dim() == 3, "[T, B, I]"),
         ("weight_ih", weight_ih, weight_ih.dim() > 1 and lead in ((), (2,)), "[G·H, I] or [2, G·H, I]"),
         ("weight_hh", weight_hh, _are_matrices(weight_hh, lead), f"[{both}R·H, H]"),
-        ("weight_hr", weight_hr, weight_hr is None or _are_matrices(weight_hr, lead), f"[{both}P, H]"),
+        ("weight_hr", weight_hr, weight_hr is not None and _are_matrices(weight_hr, lead), f"[{both}P, H]"),
     ):
-        if not fits:
+        if not fits and tensor is not None:
             raise ValueError(f"{name}: expected {wanted}, got shape {list(tensor.shape)}")
     hidden = (weight_hh if weight_hr is None else weight_hr).shape[-1]
     shapes = {
