@@ -607,16 +607,15 @@ def test_sizes_that_kernels_cannot_address(fits, too_large, options, words):
 def test_call_with_such_sizes_ends_before_anything_is_allocated(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(launch, "_launch", None)
-    given = [zeros(1, 1, 1), None, None, *(zeros(*s, device="meta") for s in ((4 * 46341, 1), (4 * 46341, 46341)))]
-    x, hidden = given[0].to("meta"), 46341
-    state = zeros(1, hidden, device="meta")
-    inputs: tuple[Any, ...] = (x, state, state, *given[3:], zeros(4 * hidden, device="meta"))
-    inputs += (zeros(0, device="meta"),) * 2
-    options = dict(eps=0.0, gate_gain=1.0, zoneout_h=0.0, zoneout_c=0.0, cell="lstm", reverse=False, chunk=1)
-    allocate = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **o: pytest.fail(f"{s} {o} {allocate}"))
+    hidden = 46341
+    sizes = ((1, 1, 1), (1, hidden), (1, hidden), (4 * hidden, 1), (4 * hidden, hidden), (4 * hidden,), (0,), (0,))
+    inputs: list[Any] = [zeros(*size, device="meta") for size in sizes]
+    inputs += [None] * 3
+    options: dict[str, Any] = dict(eps=0.0, gate_gain=1.0, zoneout_h=0.0, zoneout_c=0.0)
+    options |= dict(cell="lstm", reverse=False, chunk=1)
+    monkeypatch.setattr(torch, "empty", lambda *size, **_: pytest.fail(f"{size} are allocated"))
     with pytest.raises(ValueError, match="H·H, a recurrent weight"):
-        launch.forward(*[*inputs, None, None, None], **options)
+        launch.forward(*inputs, **options)
 
 
 def test_more_batch_tiles_than_a_grid_takes_run_in_successive_launches():
