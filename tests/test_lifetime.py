@@ -54,14 +54,16 @@ def test_thousand_calls_leave_nothing(kind):
     def counts() -> tuple[int, int, int]:
         return live(Tensor), sys.getallocatedblocks(), resident_bytes()
 
-    for _ in range(200):
+    # Until what Python and the allocator put by for later has reached its size.
+    for _ in range(600):
         train(module, x)
     before = counts()
     for _ in range(1000):
         train(module, x)
     tensors, blocks, resident = (b - a for a, b in zip(before, counts(), strict=True))
     assert tensors == 0
-    assert blocks < 500
+    # A single one for every call would be a thousand.
+    assert blocks < 700
     assert resident < 2**22
 
 
