@@ -222,11 +222,15 @@ def add_slices(parts):
 
 
 @triton.jit
-def multiply_local(dz, weight, is_unit, dz_ptr, PRECISION: tl.constexpr):
-    """Return dz U of one gate, dz [R, H] straight from registers."""
-    # Padding columns meet zero weights, and only a finite value times zero is zero.
-    dz = tl.where(is_unit[None, :], dz, 0.0).to(dz_ptr.dtype.element_ty)
-    return tl.dot(dz, weight, input_precision=PRECISION)
+def multiply_local(
+    dz, weights, GATE: tl.constexpr, is_unit, dh_prev, dz_ptr, RECURRENT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add dz U of one gate to dh_prev, dz [R, H] straight from registers; nothing for a gate without U."""
+    if GATE < RECURRENT:
+        # Padding columns meet zero weights, and only a finite value times zero is zero.
+        dz = tl.where(is_unit[None, :], dz, 0.0).to(dz_ptr.dtype.element_ty)
+        dh_prev = tl.dot(dz, weights[GATE], dh_prev, input_precision=PRECISION)
+    return dh_prev
 
 
 @triton.jit
@@ -238,6 +242,7 @@ def multiply_exchanged(
     weight_hh_ptr,
     unit,
     is_unit,
+    dh_prev,
     counter,
     GATE: tl.constexpr,
     PLACE: tl.constexpr,
@@ -250,76 +255,30 @@ def multiply_exchanged(
     PRECISION: tl.constexpr,
     MAX_SPINS: tl.constexpr,
 ):
-    """Return dz U of one gate.
+    """Add dz U of one gate to dh_prev; nothing for a gate without U.
 
     dz [R, H] is what all slices have published in block PLACE of the PLACES·H columns at dz_ptr.
     """
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
     STRIDE: tl.constexpr = PLACES * HIDDEN
-    gate_ptr = dz_ptr + PLACE * HIDDEN
-    product = tl.zeros((row.shape[0], unit.shape[0]), tl.float32)
-    if RESIDENT:
-        if EXCHANGE == "words":
-            dz_blocks = await_blocks(gate_ptr, row, in_batch, counter, STRIDE, HIDDEN, BLOCK_K, MAX_SPINS)
-        for k in tl.static_range(BLOCKS):
+    if GATE < RECURRENT:
+        gate_ptr = dz_ptr + PLACE * HIDDEN
+        if RESIDENT:
             if EXCHANGE == "words":
-                dz = dz_blocks[k]
-            else:
+                dz_blocks = await_blocks(gate_ptr, row, in_batch, counter, STRIDE, HIDDEN, BLOCK_K, MAX_SPINS)
+            for k in tl.static_range(BLOCKS):
+                if EXCHANGE == "words":
+                    dz = dz_blocks[k]
+                else:
+                    dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
+                dh_prev = tl.dot(dz, weights[k * RECURRENT + GATE], dh_prev, input_precision=PRECISION)
+        else:
+            for k in range(BLOCKS):
                 dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
-            product = tl.dot(dz, weights[k * RECURRENT + GATE], product, input_precision=PRECISION)
-    else:
-        for k in range(BLOCKS):
-            dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
-            source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-            weight = load_weight(weight_hh_ptr, GATE, source, unit, is_unit, HIDDEN, False)
-            product = tl.dot(dz, weight, product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def multiply_gates(
-    dz_ptr,
-    row,
-    in_batch,
-    weights,
-    weight_hh_ptr,
-    unit,
-    is_unit,
-    counter,
-    ORDER: tl.constexpr,
-    PLACES: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    RECURRENT: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RESIDENT: tl.constexpr,
-    EXCHANGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MAX_SPINS: tl.constexpr,
-):
-    """Return dz U of every gate in ORDER that has a U, as a tuple.
-
-    dz of gate k lies in block k of PLACES, or, if IN_ORDER, in the gate's place in ORDER.
-    """
-    products = ()
-    for k in tl.static_range(len(ORDER)):
-        if ORDER[k] < RECURRENT:
-            product = multiply_exchanged(
-                *(dz_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
-                *(ORDER[k], k if IN_ORDER else ORDER[k], PLACES, RECURRENT, HIDDEN, BLOCK_K),
-                *(RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-            )
-            products = products + (product,)
-    return products
-
-
-@triton.jit
-def add_all(products):
-    """Return the sum of a tuple of tiles."""
-    total = products[0]
-    for k in tl.static_range(1, len(products)):
-        total += products[k]
-    return total
+                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                weight = load_weight(weight_hh_ptr, GATE, source, unit, is_unit, HIDDEN, False)
+                dh_prev = tl.dot(dz, weight, dh_prev, input_precision=PRECISION)
+    return dh_prev
 
 
 @triton.jit(
@@ -574,8 +533,8 @@ def backward_kernel(
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
         kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
 
-        # dh_prev = Σ_k dz_k U_k, each product a sum of its own: in a single one they would wait for each other.
-        products = ()
+        # dh_prev = Σ_k dz_k U_k
+        dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if COMPANIONS:
             companion_size = steps * size * DIRECTIONS
             companions = ()
@@ -583,14 +542,16 @@ def backward_kernel(
                 companion = tl.load(companion_ptr + k * companion_size + companion_place, mask=mask, other=0.0)
                 companions = companions + (companion,)
             wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-            products = products + multiply_gates(
-                *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
-                *(EARLY, GATES, False, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-            )
-            products = products + multiply_gates(
-                *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
-                *(LATE, LATE_GATES, True, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-            )
+            for k in tl.static_range(len(EARLY)):
+                dh_prev = multiply_exchanged(
+                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                    *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
+                )
+            for k in tl.static_range(len(LATE)):
+                dh_prev = multiply_exchanged(
+                    *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                    *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
+                )
             parts = collect_rows(
                 *(row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, counter),
                 *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
@@ -604,31 +565,53 @@ def backward_kernel(
             correction = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
             for k in tl.static_range(len(own)):
                 correction += sums[k][:, None] * companions[k].to(tl.float32)
-            dh_prev = leave_tensor_core(add_all(products)) - correction
+            dh_prev = leave_tensor_core(dh_prev) - correction
         else:
             if LOCAL:
                 for k in tl.static_range(len(EARLY)):
-                    if EARLY[k] < RECURRENT:
-                        product = multiply_local(early[k], weights[EARLY[k]], is_unit, dz_ptr, PRECISION)
-                        products = products + (product,)
+                    dh_prev = multiply_local(
+                        early[k], weights, EARLY[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION
+                    )
                 for k in tl.static_range(len(LATE)):
-                    if LATE[k] < RECURRENT:
-                        product = multiply_local(late[k], weights[LATE[k]], is_unit, dz_ptr, PRECISION)
-                        products = products + (product,)
+                    dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
             else:
                 if not HAS_SUMS:
                     wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-                products = products + multiply_gates(
-                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
-                    *(EARLY, GATES, False, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-                )
+                for k in tl.static_range(len(EARLY)):
+                    dh_prev = multiply_exchanged(
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                        *(
+                            EARLY[k],
+                            EARLY[k],
+                            GATES,
+                            RECURRENT,
+                            HIDDEN,
+                            BLOCK_K,
+                            RESIDENT,
+                            EXCHANGE,
+                            PRECISION,
+                            MAX_SPINS,
+                        ),
+                    )
                 if HAS_SUMS:
                     wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-                products = products + multiply_gates(
-                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
-                    *(LATE, GATES, False, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-                )
-            dh_prev = leave_tensor_core(add_all(products))
+                for k in tl.static_range(len(LATE)):
+                    dh_prev = multiply_exchanged(
+                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
+                        *(
+                            LATE[k],
+                            LATE[k],
+                            GATES,
+                            RECURRENT,
+                            HIDDEN,
+                            BLOCK_K,
+                            RESIDENT,
+                            EXCHANGE,
+                            PRECISION,
+                            MAX_SPINS,
+                        ),
+                    )
+            dh_prev = leave_tensor_core(dh_prev)
         if HAS_MASK:
             dh_prev *= h_mask.to(tl.float32)
         if ZONEOUT != "none":

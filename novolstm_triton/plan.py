@@ -580,8 +580,7 @@ def _candidate(
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
     if backward:
-        one_tile = block_k >= hidden or num_warps >= 8 or directions == 2
-        thrifty = resident and block_b == 16 and block_k <= 256 and one_tile
+        thrifty = resident and block_b == 16 and (block_k <= 256 if num_warps >= 8 else directions == 2)
     else:
         thrifty = not resident or (local and num_warps >= 8)
     exchanges = 2 if cell.normalised else 1
