@@ -351,7 +351,8 @@ class _FormulaGate(_PlainGate):
 
     def __init__(self, cell: _Cell, gates: Tensor) -> None:
         self._cell, self._gates = cell, gates
-        # What takes dc to dn and dp, and the gradient of the norm's input to dz_i.
+        # What takes dc to dn and dp, and the gradient of the norm's input to dz_i; that input, less its mean, is left in
+        # the gates' buffer.
         self._slopes, self._softmax = torch.empty_like(gates[:3]), torch.empty_like(gates[0])
         self._into_norm, self._dz_p = torch.empty_like(gates[:2, 0]), torch.empty_like(gates[0, 0])
         parts = (self._slopes[:2].transpose(0, 1), self._slopes[2], gates[0], self._softmax)
@@ -360,19 +361,20 @@ class _FormulaGate(_PlainGate):
     def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
         s, _, _, g, z_p = self._gates[:, :n]
         slopes, p = self._slopes[:, :n], torch.softmax(z_p, -1, out=self._softmax[:n])
-        i, self._mean, self._rstd = self._cell.norm(s)
+        i, mean, self._rstd = self._cell.norm(s)
         slope_n, slope_p, slope_i = slopes
         torch.mul(g, p, out=slope_n)
         torch.mul(g, i, out=slope_p)
         torch.sub(1, s, out=slope_i).mul_(s)
         if frozen is not None:
             slopes.masked_fill_(frozen, 0)
+        self._mean = _centre(s, mean)
         return i.mul_(p)
 
     def step(self, t: int, dc: Tensor, dz_i: Tensor, dz_p: Tensor) -> None:
-        cell, (slope_norm, slope_i, s, p) = self._cell, self._steps[t]
+        cell, (slope_norm, slope_i, deviation, p) = self._cell, self._steps[t]
         dn, dp = torch.mul(dc, slope_norm, out=self._into_norm)
-        torch.mul(_norm_input(cell, dn, s, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
+        torch.mul(_norm_input(cell, dn, deviation, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
         # Written to a row of its own first: this operator takes the output for contiguous.
         dz_p.copy_(_softmax_backward(dp, p, -1, cell.dtype, grad_input=self._dz_p))
 
@@ -399,7 +401,9 @@ class _NotebookGate(_PlainGate):
     def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
         s, _, _, g, p = self._gates[:, :n]
         slope_n, slope_i = self._slopes[:, :n]
-        i, self._mean, self._rstd = self._cell.norm(torch.mul(s, p, out=self._product[:n]))
+        product = torch.mul(s, p, out=self._product[:n])
+        i, mean, self._rstd = self._cell.norm(product)
+        self._mean = _centre(product, mean)
         slope_n.copy_(g)
         torch.sub(1, s, out=slope_i).mul_(s).mul_(p)
         if frozen is not None:
@@ -407,9 +411,9 @@ class _NotebookGate(_PlainGate):
         return i
 
     def step(self, t: int, dc: Tensor, dz_i: Tensor, dz_p: Tensor) -> None:
-        slope_n, slope_i, product = self._steps[t]
+        slope_n, slope_i, deviation = self._steps[t]
         dn = torch.mul(dc, slope_n, out=self._dn)
-        torch.mul(_norm_input(self._cell, dn, product, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
+        torch.mul(_norm_input(self._cell, dn, deviation, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
 
     def finish(
         self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
@@ -426,6 +430,15 @@ class _NotebookGate(_PlainGate):
 _INPUT_GATES = {"lstm": _PlainGate, "formula": _FormulaGate, "notebook": _NotebookGate}
 
 
+def _centre(a: Tensor, mean: Tensor) -> Tensor:
+    """Subtract the mean over the units from `a` [..., H] in place; return the mean [..., 1] that rounding leaves.
+
+    On a CPU PyTorch's gradient of a layer normalisation sums dn·a and takes away Σ dn·mean after that: where the mean
+    is much larger than the deviations, little is left of them. Given the deviations and their mean, it loses nothing.
+    """
+    return a.sub_(mean).mean(-1, keepdim=True)
+
+
 def _norm_input(cell: _Cell, dn: Tensor, a: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """Return the gradient of what the input gate's layer normalisation is taken of."""
     mask = (True, False, False)
@@ -438,7 +451,7 @@ class _GateNorms:
     def __init__(self, cell: _Cell, gates: Tensor) -> None:
         self._cell, self._gates = cell, gates
         self._gamma, self._beta = cell.gamma[1:].unsqueeze(1), cell.beta[1:].unsqueeze(1)
-        # z as it came, block by block in a step.
+        # z less its mean, block by block in a step.
         self._z = torch.empty_like(gates[1:4].transpose(0, 1), memory_format=torch.contiguous_format)
         self.after = torch.empty_like(self._z)
         """[n, 3, B, H]: where the walk writes the gradients of what the normalisations return."""
@@ -448,7 +461,8 @@ class _GateNorms:
         z, units, eps = self._z[:n], self._cell.units, self._cell.eps
         for block, private in enumerate(_PRIVATE_ORDER[1:4]):
             z[:, block] = self._gates[private, :n]
-        self._xhat, self._mean, self._rstd = torch.native_layer_norm(z, units, None, None, eps)
+        self._xhat, mean, self._rstd = torch.native_layer_norm(z, units, None, None, eps)
+        self._mean = _centre(z, mean)
         for block, private in enumerate(_PRIVATE_ORDER[1:4]):
             torch.addcmul(self._beta[block], self._xhat[:, block], self._gamma[block], out=self._gates[private, :n])
 
