@@ -324,7 +324,6 @@ def backward_kernel(
     step_base,
     late_slots,
     tile_first,
-    eps,
     zoneout_h,
     zoneout_c,
     update: tl.constexpr,
@@ -394,7 +393,6 @@ def backward_kernel(
         step_base: steps walked back before this launch.
         late_slots: slots of late_ring.
         tile_first: first batch tile of this launch.
-        eps: ε of the layer normalisations.
         zoneout_h: share of h that a step kept if ZONEOUT is "average".
         zoneout_c: likewise, of c.
     """
@@ -496,7 +494,7 @@ def backward_kernel(
             no_sums = ()
             for k in tl.static_range(len(own)):
                 no_sums = no_sums + (tl.zeros_like(own[k]),)
-            unsummed = cell_grad_finish(pending, stats, no_sums, HIDDEN, eps, grad_finish, GATE_NORMS)
+            unsummed = cell_grad_finish(pending, stats, no_sums, HIDDEN, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 unsummed = zero_unless(valid, unsummed)
             late_tile_ptr = late_ring_ptr + ((slot_first + step % late_slots) * size + tile_place) * LATE_GATES
@@ -514,7 +512,7 @@ def backward_kernel(
                 *(row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, counter),
                 *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
             )
-            late = cell_grad_finish(pending, stats, add_slices(parts), HIDDEN, eps, grad_finish, GATE_NORMS)
+            late = cell_grad_finish(pending, stats, add_slices(parts), HIDDEN, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 late = zero_unless(valid, late)
             publish_gates(dz_ptr + step_place, late, gate_place, mask, LATE, HIDDEN, EXCHANGE)
@@ -557,7 +555,7 @@ def backward_kernel(
                 *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
             )
             sums = add_slices(parts)
-            late = cell_grad_finish(pending, step_stats, sums, HIDDEN, eps, grad_finish, GATE_NORMS)
+            late = cell_grad_finish(pending, step_stats, sums, HIDDEN, grad_finish, GATE_NORMS)
             if HAS_LENGTHS:
                 late = zero_unless(valid, late)
             # Nobody waits for these.

@@ -8,7 +8,7 @@ tuples of rows [1, N], one per layer normalisation. A cell without sums over the
     update(z, stats, c, gamma, beta)  -> h, c
     grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask)
                                       -> row sums, dz of the early gates, pending, dc_prev, shares of dγ and of dβ
-    grad_finish(pending, stats, sums, total, eps)
+    grad_finish(pending, stats, sums, total)
                                       -> dz of the late gates, those that need the sums over all slices: linear in them
     companions(z, stats, mask, total) -> one tile per row sum: what a late gate's dz loses per unit of that sum
 """
@@ -40,6 +40,7 @@ class CellKernels:
     companion_gates: tuple[int, ...]
     """The late gate with a recurrent weight that each row sum, in order, takes its companion from."""
     softmax_gate: int | None = None
-    """A gate without recurrent weight that is passed through a softmax over the units before the recurrence."""
+    """A gate without recurrent weight. The launcher takes its softmax over the units, p, before the recurrence, and in
+    backward takes dp·p, which is given in place of its dz, through the softmax after the recurrence."""
     gate_norms: bool = False
     """Whether `gate_norms.py` normalises f, g and o around these functions."""

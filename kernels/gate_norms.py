@@ -124,19 +124,19 @@ def cell_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask, grad_local: 
 
 
 @triton.jit
-def cell_grad_finish(pending, stats, sums, total, eps, grad_finish: tl.constexpr, GATE_NORMS: tl.constexpr):
+def cell_grad_finish(pending, stats, sums, total, grad_finish: tl.constexpr, GATE_NORMS: tl.constexpr):
     """Return dz of the cell's late gates, then dz_k = rstd·(dx̂ − Σdx̂/H − x̂·Σ(dx̂·x̂)/H) for k in f, g, o."""
     if GATE_NORMS:
         OWN: tl.constexpr = len(stats) - 6
         PENDING: tl.constexpr = len(pending) - 6
         SUMS: tl.constexpr = len(sums) - 6
-        dz = grad_finish(pending[:PENDING], stats[:OWN], sums[:SUMS], total, eps)
+        dz = grad_finish(pending[:PENDING], stats[:OWN], sums[:SUMS], total)
         for k in tl.static_range(3):
             xhat = pending[PENDING + k]
             lost = (sums[SUMS + k][:, None] + xhat * sums[SUMS + 3 + k][:, None]) / total
             dz = dz + (stats[OWN + 3 + k][:, None] * (pending[PENDING + 3 + k] - lost),)
     else:
-        dz = grad_finish(pending, stats, sums, total, eps)
+        dz = grad_finish(pending, stats, sums, total)
     return dz
 
 

@@ -52,7 +52,7 @@ def lstm_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
 
 
 @triton.jit
-def lstm_grad_finish(pending, stats, sums, total, eps):
+def lstm_grad_finish(pending, stats, sums, total):
     """Return nothing: no gate waits for a sum."""
     return ()
 

@@ -54,7 +54,7 @@ def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
 
 
 @triton.jit
-def formula_grad_finish(pending, stats, sums, total, eps):
+def formula_grad_finish(pending, stats, sums, total):
     """Return dz of i|p: dz_i = rstd·s(1−s)·(dx̂ − S2/H − x̂·S3/H),  dz_p = p·dp − p·S1."""
     slope, xhat, dxhat, p, dp_p = pending
     s1, s2, s3 = sums
@@ -108,14 +108,14 @@ def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
 
 
 @triton.jit
-def notebook_grad_finish(pending, stats, sums, total, eps):
-    """Return dz of i|p, p's through the softmax; dq = rstd·(dq̂ − S2/H − q̂·S3/H)."""
+def notebook_grad_finish(pending, stats, sums, total):
+    """Return dz_i and dp·p, of which the launcher makes dz_p; dq = rstd·(dq̂ − S2/H − q̂·S3/H) and dp = dq·s."""
     s, p, qhat, dqhat = pending
     s2, s3 = sums
     rstd = stats[1]
     dq = rstd[:, None] * (dqhat - (s2[:, None] + qhat * s3[:, None]) / total)
-    # The softmax's sum Σ dq·q needs no exchange of its own: it is S3·(1 − variance·rstd²).
-    return dq * p * s * (1.0 - s), p * (dq * s - (s3 * eps * rstd * rstd)[:, None])
+    dp_p = dq * s * p
+    return dp_p * (1.0 - s), dp_p
 
 
 @triton.jit

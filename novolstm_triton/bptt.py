@@ -351,8 +351,8 @@ class _FormulaGate(_PlainGate):
 
     def __init__(self, cell: _Cell, gates: Tensor) -> None:
         self._cell, self._gates = cell, gates
-        # What takes dc to dn and dp, and the gradient of the norm's input to dz_i; that input, less its mean, is left in
-        # the gates' buffer.
+        # What takes dc to dn and dp, and the gradient of the norm's input to dz_i. That input, less its mean, is left
+        # in the gates' buffer.
         self._slopes, self._softmax = torch.empty_like(gates[:3]), torch.empty_like(gates[0])
         self._into_norm, self._dz_p = torch.empty_like(gates[:2, 0]), torch.empty_like(gates[0, 0])
         parts = (self._slopes[:2].transpose(0, 1), self._slopes[2], gates[0], self._softmax)

@@ -269,12 +269,12 @@ def backward(
                 (len(walks[0]) - 1 - number) * chunk,
                 companions.late_slots,
                 tile,
-                eps,
                 zoneout_h,
                 zoneout_c,
                 **constants,
             )
         counters.check(number, "backward")
+        _softmax_gate_backward(dz.flatten(0, 1), z.flatten(0, 1), kernels, hidden)
         for d, (span, (x_chunk, h_prev)) in enumerate(zip(spans, operands, strict=True)):
             if dx is not None:
                 dx_chunk = dx[span.low : span.high].view(rows, features)
@@ -669,6 +669,13 @@ def _softmax_gate(z: Tensor, cell: CellKernels, hidden: int) -> None:
     if cell.softmax_gate is not None:
         gate = z[:, cell.softmax_gate * hidden : (cell.softmax_gate + 1) * hidden]
         gate.copy_(torch.softmax(gate, dim=1, dtype=torch.float32))
+
+
+def _softmax_gate_backward(dz: Tensor, z: Tensor, cell: CellKernels, hidden: int) -> None:
+    """Replace dp·p of a gate that does not see h by dz_p = dp·p − p·Σ dp·p, in place; z [rows, G·H] holds p."""
+    if cell.softmax_gate is not None:
+        gate = slice(cell.softmax_gate * hidden, (cell.softmax_gate + 1) * hidden)
+        dz[:, gate] -= z[:, gate] * dz[:, gate].sum(1, keepdim=True, dtype=torch.float32)
 
 
 def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:

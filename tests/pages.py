@@ -83,14 +83,19 @@ def protocol_row(kind) -> tuple[str, ...]:
 
 
 def numerics() -> list[tuple[str, ...]]:
-    """Return case, cell, backend, dtype, and the errors and bound of the array that is nearest to its bound."""
+    """Return case, cell, backend, dtype, and the errors and bound of the array that is nearest to its bound.
+
+    Raises:
+        RuntimeError: an error exceeds its bound.
+    """
     from . import numerics as cases
 
     rows = []
     for key in cases.ROWS:
         found = cases.measure(*key)
-        beyond = " (exceeded)" if found.error > found.bound else ""
-        rows.append((*key, f"{found.error:.1e}", f"{found.eager:.1e}", f"{found.bound:.1e}{beyond}"))
+        if found.error > found.bound:
+            raise RuntimeError(f"{', '.join(key)}: {found}")
+        rows.append((*key, *(f"{number:.1e}" for number in found[1:])))
     return rows
 
 
