@@ -159,7 +159,5 @@ def layer(
     y = [h_0] * x.shape[0]
     for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
         valid = None if lengths is None else (t < lengths).unsqueeze(1)
-        # Padding may hold anything, even NaN, and must not reach a gradient, where 0 · NaN is NaN.
-        x_t = x[t] if valid is None else x[t].masked_fill(~valid, 0)
-        y[t], h, c = advance(x_t, h, c, valid, h_mask, None if kept is None else kept[t], weights, **options)
+        y[t], h, c = advance(x[t], h, c, valid, h_mask, None if kept is None else kept[t], weights, **options)
     return torch.stack(y), h, c
