@@ -4,6 +4,7 @@
 
 One row per kernel: registers per thread, spilled bytes, shared memory per program against the plan's estimate and the
 device's limit, loads of recurrent weights left inside the time loop, and block-wide barriers in a step of that loop.
+The file has a thread's tensor-core instructions in a step, `products`, and its loads of their operands, besides.
 """
 
 import argparse
@@ -122,7 +123,17 @@ def compile_kernel(case: Case) -> dict:
         row |= dict(weight_loads_in_loop=weight_loads_in_loop(compiled.asm["ttgir"]))
         row |= {
             name: getattr(kernel_plan, name)
-            for name in ("exchange", "exchanges", "ctas", "block_b", "block_n", "block_k", "num_warps")
+            for name in (
+                "exchange",
+                "exchanges",
+                "ctas",
+                "block_b",
+                "block_n",
+                "block_k",
+                "num_warps",
+                "parts",
+                "in_flight",
+            )
         }
     return row
 
@@ -161,8 +172,8 @@ def releases_before_barrier(ptx: str) -> int:
     return count
 
 
-def barriers_per_step(ptx: str, instruction: str) -> int:
-    """Count an instruction in the longest loop, the one over time; each round of a wait counts once."""
+def count_per_step(ptx: str, instruction: str) -> int:
+    """Count an instruction of a thread in the longest loop, the one over time; each round of a wait counts once."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\$\w+:", line)}
     jumps = [(labels.get(m[1], number), number) for number, line in enumerate(lines) if (m := _JUMP.search(line))]
@@ -205,8 +216,10 @@ def _resources(compiled, device: planning.Device) -> dict:
     return dict(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spill_bytes=int(re.search(r"STACK:(\d+)", usage).group(1)),
-        barriers=barriers_per_step(ptx, "bar.sync"),
-        cluster_barriers=barriers_per_step(ptx, "barrier.cluster.arrive"),
+        barriers=count_per_step(ptx, "bar.sync"),
+        cluster_barriers=count_per_step(ptx, "barrier.cluster.arrive"),
+        products=count_per_step(ptx, "mma.sync"),
+        operand_loads=count_per_step(ptx, "ldmatrix"),
         releases=len(re.findall(r"(?:atom|red)\.[\w.]*release", ptx)),
         acquires=len(re.findall(r"(?:atom|ld)\.[\w.]*acquire", ptx)),
         releases_before_barrier=releases_before_barrier(ptx),
@@ -227,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
     parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
     parser.add_argument("--warps", type=int, help="per program, likewise")
+    parser.add_argument("--split-k", action=argparse.BooleanOptionalAction, help="among the warps, likewise")
     parser.add_argument("--max-spins", type=int, help="bound every wait, for finding mistakes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
@@ -243,7 +257,7 @@ def main() -> int:
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.cell
     )
     pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
-    pins = dataclasses.replace(pins, max_spins=arguments.max_spins)
+    pins = dataclasses.replace(pins, max_spins=arguments.max_spins, split_k=arguments.split_k)
     options = WalkOptions(arguments.lengths, arguments.h_mask, arguments.zoneout)
     cases = [Case(*sizes, options, arguments.directions, pins) for sizes in grid]
     print(f"triton {triton.__version__}, {len(cases)} kernels")

@@ -13,7 +13,7 @@ from .gate_norms import (
     cell_update,
 )
 from .tiles import (
-    leave_tensor_core,
+    add_parts,
     load_gates,
     load_kept,
     load_resident,
@@ -21,6 +21,7 @@ from .tiles import (
     load_weight,
     mirror,
     widen,
+    zero_product,
     zoneout,
 )
 
@@ -222,19 +223,29 @@ def add_slices(parts):
 
 
 @triton.jit
-def multiply_local(
-    dz, weights, GATE: tl.constexpr, is_unit, dh_prev, dz_ptr, RECURRENT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Add dz U of one gate to dh_prev, dz [R, H] straight from registers; nothing for a gate without U."""
-    if GATE < RECURRENT:
-        # Padding columns meet zero weights, and only a finite value times zero is zero.
-        dz = tl.where(is_unit[None, :], dz, 0.0).to(dz_ptr.dtype.element_ty)
-        dh_prev = tl.dot(dz, weights[GATE], dh_prev, input_precision=PRECISION)
-    return dh_prev
+def multiply_local(dz, weights, is_unit, dz_ptr, ORDER: tl.constexpr, RECURRENT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return dz U of every gate in ORDER that has a U, as a tuple; dz [R, H] straight from registers."""
+    products = ()
+    for k in tl.static_range(len(ORDER)):
+        if ORDER[k] < RECURRENT:
+            # Padding columns meet zero weights, and only a finite value times zero is zero.
+            operand = tl.where(is_unit[None, :], dz[k], 0.0).to(dz_ptr.dtype.element_ty)
+            products = products + (tl.dot(operand, weights[ORDER[k]], input_precision=PRECISION),)
+    return products
 
 
 @triton.jit
-def multiply_exchanged(
+def add_all(products):
+    """Return the sum of a tuple of tiles."""
+    total = products[0]
+    for k in tl.static_range(1, len(products)):
+        total += products[k]
+    return total
+
+
+@triton.jit
+def multiply_gates(
+    total,
     dz_ptr,
     row,
     in_batch,
@@ -242,43 +253,56 @@ def multiply_exchanged(
     weight_hh_ptr,
     unit,
     is_unit,
-    dh_prev,
     counter,
-    GATE: tl.constexpr,
-    PLACE: tl.constexpr,
+    ORDER: tl.constexpr,
     PLACES: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     RECURRENT: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
     PRECISION: tl.constexpr,
     MAX_SPINS: tl.constexpr,
 ):
-    """Add dz U of one gate to dh_prev; nothing for a gate without U.
+    """Add dz U of every gate in ORDER that has a U to `total`; dz [R, H] is what all slices have published.
 
-    dz [R, H] is what all slices have published in block PLACE of the PLACES·H columns at dz_ptr.
+    Gate k lies in block k of the PLACES·H columns at dz_ptr, or, if IN_ORDER, in the gate's place in ORDER.
     """
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
     STRIDE: tl.constexpr = PLACES * HIDDEN
-    if GATE < RECURRENT:
-        gate_ptr = dz_ptr + PLACE * HIDDEN
-        if RESIDENT:
-            if EXCHANGE == "words":
-                dz_blocks = await_blocks(gate_ptr, row, in_batch, counter, STRIDE, HIDDEN, BLOCK_K, MAX_SPINS)
-            for k in tl.static_range(BLOCKS):
-                if EXCHANGE == "words":
-                    dz = dz_blocks[k]
-                else:
-                    dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
-                dh_prev = tl.dot(dz, weights[k * RECURRENT + GATE], dh_prev, input_precision=PRECISION)
-        else:
-            for k in range(BLOCKS):
-                dz = load_block(gate_ptr, row, in_batch, k, STRIDE, HIDDEN, BLOCK_K)
-                source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                weight = load_weight(weight_hh_ptr, GATE, source, unit, is_unit, HIDDEN, False)
-                dh_prev = tl.dot(dz, weight, dh_prev, input_precision=PRECISION)
-    return dh_prev
+    if RESIDENT and EXCHANGE == "words":
+        for k in tl.static_range(len(ORDER)):
+            if ORDER[k] < RECURRENT:
+                gate_ptr = dz_ptr + (k if IN_ORDER else ORDER[k]) * HIDDEN
+                dz = await_blocks(gate_ptr, row, in_batch, counter, STRIDE, HIDDEN, BLOCK_K, PARTS, MAX_SPINS)
+                for block in tl.static_range(BLOCKS):
+                    total = tl.dot(dz[block], weights[block * RECURRENT + ORDER[k]], total, input_precision=PRECISION)
+    elif RESIDENT:
+        # Several tiles are loaded before the first one is multiplied: alone each would cost its latency.
+        COUNT: tl.constexpr = len(ORDER) * BLOCKS
+        for first in tl.static_range(0, COUNT, IN_FLIGHT):
+            dz = ()
+            own = ()
+            for place in tl.static_range(first, first + IN_FLIGHT if first + IN_FLIGHT < COUNT else COUNT):
+                if ORDER[place // BLOCKS] < RECURRENT:
+                    gate_ptr = dz_ptr + (place // BLOCKS if IN_ORDER else ORDER[place // BLOCKS]) * HIDDEN
+                    dz = dz + (load_block(gate_ptr, row, in_batch, place % BLOCKS, STRIDE, HIDDEN, BLOCK_K, PARTS),)
+                    own = own + (weights[place % BLOCKS * RECURRENT + ORDER[place // BLOCKS]],)
+            for k in tl.static_range(len(dz)):
+                total = tl.dot(dz[k], own[k], total, input_precision=PRECISION)
+    else:
+        for k in tl.static_range(len(ORDER)):
+            if ORDER[k] < RECURRENT:
+                gate_ptr = dz_ptr + (k if IN_ORDER else ORDER[k]) * HIDDEN
+                for block in range(BLOCKS):
+                    dz = load_block(gate_ptr, row, in_batch, block, STRIDE, HIDDEN, BLOCK_K, 1)
+                    source = block * BLOCK_K + tl.arange(0, BLOCK_K)
+                    weight = load_weight(weight_hh_ptr, ORDER[k], source, unit, is_unit, HIDDEN, False)
+                    total = tl.dot(dz, weight, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(
@@ -343,6 +367,8 @@ def backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -425,7 +451,7 @@ def backward_kernel(
 
     weights = ()
     if RESIDENT:
-        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, False)
+        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, False, PARTS)
 
     gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
     beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
@@ -532,7 +558,7 @@ def backward_kernel(
         kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
 
         # dh_prev = Σ_k dz_k U_k
-        dh_prev = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+        dh_prev = zero_product(BLOCK_B, BLOCK_N, PARTS)
         if COMPANIONS:
             companion_size = steps * size * DIRECTIONS
             companions = ()
@@ -540,16 +566,40 @@ def backward_kernel(
                 companion = tl.load(companion_ptr + k * companion_size + companion_place, mask=mask, other=0.0)
                 companions = companions + (companion,)
             wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-            for k in tl.static_range(len(EARLY)):
-                dh_prev = multiply_exchanged(
-                    *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
-                    *(EARLY[k], EARLY[k], GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-                )
-            for k in tl.static_range(len(LATE)):
-                dh_prev = multiply_exchanged(
-                    *(late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
-                    *(LATE[k], k, LATE_GATES, RECURRENT, HIDDEN, BLOCK_K, RESIDENT, EXCHANGE, PRECISION, MAX_SPINS),
-                )
+            dh_prev = multiply_gates(
+                *(dh_prev, dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
+                *(
+                    EARLY,
+                    GATES,
+                    False,
+                    RECURRENT,
+                    HIDDEN,
+                    BLOCK_K,
+                    PARTS,
+                    IN_FLIGHT,
+                    RESIDENT,
+                    EXCHANGE,
+                    PRECISION,
+                    MAX_SPINS,
+                ),
+            )
+            dh_prev = multiply_gates(
+                *(dh_prev, late_tile_ptr, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
+                *(
+                    LATE,
+                    LATE_GATES,
+                    True,
+                    RECURRENT,
+                    HIDDEN,
+                    BLOCK_K,
+                    PARTS,
+                    IN_FLIGHT,
+                    RESIDENT,
+                    EXCHANGE,
+                    PRECISION,
+                    MAX_SPINS,
+                ),
+            )
             parts = collect_rows(
                 *(row_ring_ptr, own, ring_row, in_batch, row_step, DIRECTIONS * batch, counter),
                 *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
@@ -563,53 +613,53 @@ def backward_kernel(
             correction = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
             for k in tl.static_range(len(own)):
                 correction += sums[k][:, None] * companions[k].to(tl.float32)
-            dh_prev = leave_tensor_core(dh_prev) - correction
+            dh_prev = add_parts(dh_prev) - correction
         else:
             if LOCAL:
-                for k in tl.static_range(len(EARLY)):
-                    dh_prev = multiply_local(
-                        early[k], weights, EARLY[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION
-                    )
-                for k in tl.static_range(len(LATE)):
-                    dh_prev = multiply_local(late[k], weights, LATE[k], is_unit, dh_prev, dz_ptr, RECURRENT, PRECISION)
+                # Sums of their own do not wait for each other, and take half the block barriers.
+                products = multiply_local(early, weights, is_unit, dz_ptr, EARLY, RECURRENT, PRECISION)
+                products = products + multiply_local(late, weights, is_unit, dz_ptr, LATE, RECURRENT, PRECISION)
+                dh_prev = add_all(products)
             else:
                 if not HAS_SUMS:
                     wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-                for k in tl.static_range(len(EARLY)):
-                    dh_prev = multiply_exchanged(
-                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
-                        *(
-                            EARLY[k],
-                            EARLY[k],
-                            GATES,
-                            RECURRENT,
-                            HIDDEN,
-                            BLOCK_K,
-                            RESIDENT,
-                            EXCHANGE,
-                            PRECISION,
-                            MAX_SPINS,
-                        ),
-                    )
+                dh_prev = multiply_gates(
+                    *(dh_prev, dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
+                    *(
+                        EARLY,
+                        GATES,
+                        False,
+                        RECURRENT,
+                        HIDDEN,
+                        BLOCK_K,
+                        PARTS,
+                        IN_FLIGHT,
+                        RESIDENT,
+                        EXCHANGE,
+                        PRECISION,
+                        MAX_SPINS,
+                    ),
+                )
                 if HAS_SUMS:
                     wait(counter, arrivals, EXCHANGE, MAX_SPINS)
-                for k in tl.static_range(len(LATE)):
-                    dh_prev = multiply_exchanged(
-                        *(dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, dh_prev, counter),
-                        *(
-                            LATE[k],
-                            LATE[k],
-                            GATES,
-                            RECURRENT,
-                            HIDDEN,
-                            BLOCK_K,
-                            RESIDENT,
-                            EXCHANGE,
-                            PRECISION,
-                            MAX_SPINS,
-                        ),
-                    )
-            dh_prev = leave_tensor_core(dh_prev)
+                dh_prev = multiply_gates(
+                    *(dh_prev, dz_ptr + step_place, row, in_batch, weights, weight_hh_ptr, unit, is_unit, counter),
+                    *(
+                        LATE,
+                        GATES,
+                        False,
+                        RECURRENT,
+                        HIDDEN,
+                        BLOCK_K,
+                        PARTS,
+                        IN_FLIGHT,
+                        RESIDENT,
+                        EXCHANGE,
+                        PRECISION,
+                        MAX_SPINS,
+                    ),
+                )
+            dh_prev = add_parts(dh_prev)
         if HAS_MASK:
             dh_prev *= h_mask.to(tl.float32)
         if ZONEOUT != "none":

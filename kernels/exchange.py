@@ -22,6 +22,8 @@ once a program has given up, and its later waits are not repeated at all.
 import triton
 import triton.language as tl
 
+from .tiles import source_units
+
 
 @triton.jit
 def own_record(counter_ptr):
@@ -97,24 +99,28 @@ def publish_gates(ptr, tiles, place, mask, ORDER: tl.constexpr, HIDDEN: tl.const
 
 
 @triton.jit
-def load_block(ptr, row, in_batch, k, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_block(
+    ptr, row, in_batch, k, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr = 1
+):
     """Load K tile k of rows [R, H], `STRIDE` apart, that have been published and waited for."""
-    source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-    return tl.load(ptr + (row[:, None] * STRIDE + source[None, :]), mask=mask, other=0.0, cache_modifier=".cg")
+    source = tl.expand_dims(source_units(k, BLOCK_K, PARTS), -2)
+    mask = in_batch[:, None] & (source < HIDDEN)
+    return tl.load(ptr + (row[:, None] * STRIDE + source), mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_words(ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_words(
+    ptr, row, in_batch, STRIDE: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr
+):
     """Load all K tiles of rows [R, H] as a tuple of integer words, and tell whether any is still missing."""
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_K - 1) // BLOCK_K
     WORD: tl.constexpr = tl.int32 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.int16
     words = ()
-    missing = tl.zeros((row.shape[0], BLOCK_K), tl.int32)
+    missing = tl.zeros((1, 1), tl.int32)
     for k in tl.static_range(BLOCKS):
-        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = in_batch[:, None] & (source < HIDDEN)[None, :]
-        place = ptr + (row[:, None] * STRIDE + source[None, :])
+        source = tl.expand_dims(source_units(k, BLOCK_K, PARTS), -2)
+        mask = in_batch[:, None] & (source < HIDDEN)
+        place = ptr + (row[:, None] * STRIDE + source)
         word = tl.load(place.to(tl.pointer_type(WORD), bitcast=True), mask=mask, other=0, volatile=True)
         missing = missing | (word == -1).to(tl.int32)
         words = words + (word,)
@@ -131,17 +137,18 @@ def await_blocks(
     STRIDE: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr = 1,
     MAX_SPINS: tl.constexpr = 0,
 ):
     """Load rows [R, H] that other slices publish as "words": a tuple of K tiles, once all of them have arrived."""
-    words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+    words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K, PARTS)
     if MAX_SPINS == 0:
         while missing != 0:
-            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K, PARTS)
     else:
         spins = spins_left(counter_ptr, MAX_SPINS)
         while (missing != 0) & (spins > 0):
-            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K)
+            words, missing = load_words(ptr, row, in_batch, STRIDE, HIDDEN, BLOCK_K, PARTS)
             spins -= 1
         if missing != 0:
             give_up(counter_ptr, -1, -1)

@@ -78,6 +78,8 @@ def forward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    IN_FLIGHT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RESIDENT: tl.constexpr,
     EXCHANGE: tl.constexpr,
@@ -155,7 +157,7 @@ def forward_kernel(
 
     weights = ()
     if RESIDENT:
-        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, True)
+        weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, True, PARTS)
 
     gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
     beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
@@ -180,21 +182,27 @@ def forward_kernel(
     for step in range(steps):
         h_tile_ptr = h_ring_ptr + (slot_first + (h_first + step) % h_slots) * size + tile_place
         # z_k = x_k + h U_kᵀ
-        products = zero_products(RECURRENT, BLOCK_B, BLOCK_N)
+        products = zero_products(RECURRENT, BLOCK_B, BLOCK_N, PARTS)
         if LOCAL:
             if HAS_MASK:
                 products = add_products(products, (h * h_mask).to(h.dtype), weights, PRECISION)
             else:
                 products = add_products(products, h, weights, PRECISION)
         elif RESIDENT:
-            if EXCHANGE == "words":
-                h_blocks = await_blocks(h_tile_ptr, row, in_batch, counter, HIDDEN, HIDDEN, BLOCK_K, MAX_SPINS)
-            for k in tl.static_range(BLOCKS):
+            GROUP: tl.constexpr = BLOCKS if EXCHANGE == "words" else IN_FLIGHT
+            for first in tl.static_range(0, BLOCKS, GROUP):
                 if EXCHANGE == "words":
-                    h_block = h_blocks[k]
+                    h_blocks = await_blocks(
+                        *(h_tile_ptr, row, in_batch, counter, HIDDEN, HIDDEN, BLOCK_K, PARTS, MAX_SPINS)
+                    )
                 else:
-                    h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)
-                products = add_products(products, h_block, weights[k * RECURRENT : (k + 1) * RECURRENT], PRECISION)
+                    h_blocks = ()
+                    for k in tl.static_range(first, first + GROUP if first + GROUP < BLOCKS else BLOCKS):
+                        h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K, PARTS)
+                        h_blocks = h_blocks + (h_block,)
+                for k in tl.static_range(len(h_blocks)):
+                    own = weights[(first + k) * RECURRENT : (first + k + 1) * RECURRENT]
+                    products = add_products(products, h_blocks[k], own, PRECISION)
         else:
             for k in range(BLOCKS):
                 h_block = load_block(h_tile_ptr, row, in_batch, k, HIDDEN, HIDDEN, BLOCK_K)

@@ -85,6 +85,17 @@ def load_weights(
 
 
 @triton.jit
+def source_units(k, BLOCK_K: tl.constexpr, PARTS: tl.constexpr = 1):
+    """Return the units of K tile k, [BLOCK_K], or, if there are several parts, [PARTS, BLOCK_K / PARTS]."""
+    if PARTS == 1:
+        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+    else:
+        first = k * BLOCK_K + tl.arange(0, PARTS) * (BLOCK_K // PARTS)
+        source = first[:, None] + tl.arange(0, BLOCK_K // PARTS)[None, :]
+    return source
+
+
+@triton.jit
 def load_resident(
     weight_ptr,
     unit,
@@ -93,21 +104,32 @@ def load_resident(
     HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    PARTS: tl.constexpr = 1,
 ):
     """Load all recurrent weights that meet this slice's units; entry k·RECURRENT + gate is K tile k of a gate."""
     weights = ()
     for k in tl.static_range((HIDDEN + BLOCK_K - 1) // BLOCK_K):
-        source = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        source = source_units(k, BLOCK_K, PARTS)
         weights = weights + load_weights(weight_ptr, source, unit, is_unit, RECURRENT, HIDDEN, TRANSPOSE)
     return weights
 
 
 @triton.jit
-def zero_products(RECURRENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return a tuple of fp32 zeros to which `add_products` adds, one tile per recurrent weight."""
+def zero_product(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Return fp32 zeros [R, N], or [PARTS, R, N], to which products are added."""
+    if PARTS == 1:
+        product = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    else:
+        product = tl.zeros((PARTS, BLOCK_B, BLOCK_N), tl.float32)
+    return product
+
+
+@triton.jit
+def zero_products(RECURRENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """Return a tuple of zeros to which `add_products` adds, one `zero_product` per recurrent weight."""
     products = ()
     for _ in tl.static_range(RECURRENT):
-        products = products + (tl.zeros((BLOCK_B, BLOCK_N), tl.float32),)
+        products = products + (zero_product(BLOCK_B, BLOCK_N, PARTS),)
     return products
 
 
@@ -132,31 +154,75 @@ def leave_tensor_core(product):
 
 
 @triton.jit
+def add_parts(product):
+    """Return the sum [R, N] of products [R, N] or [PARTS, R, N], free of the layout in which tensor cores leave them.
+
+    A reduction over the parts, each of which another warp holds, would take several rounds through shared memory.
+    Splitting asks for all parts of an element in one thread, which takes one.
+    """
+    if len(product.shape) == 2:
+        total = leave_tensor_core(product)
+    else:
+        total = add_last(tl.permute(product, (1, 2, 0)))
+    return total
+
+
+@triton.jit
+def add_pairs_of_last(tile):
+    """Return a tile with half as many elements in its last dimension: sums of two neighbours."""
+    LAST: tl.constexpr = len(tile.shape) - 1
+    a, b = tl.split(tl.reshape(tile, tile.shape[:LAST] + (tile.shape[LAST] // 2, 2)))
+    return a + b
+
+
+@triton.jit
+def add_last(tile):
+    """Return the sum of a tile over its last dimension, a power of two up to 32, within each thread."""
+    LAST: tl.constexpr = len(tile.shape) - 1
+    for _ in tl.static_range(5):
+        if tile.shape[LAST] > 1:
+            tile = add_pairs_of_last(tile)
+    return tl.reshape(tile, tile.shape[:LAST])
+
+
+@triton.jit
+def join_four(products):
+    """Return the sums [R, N] that `add_parts` makes of four products, as [R, N, 2, 2]."""
+    if len(products[0].shape) == 2:
+        a, b = leave_tensor_core(products[0]), leave_tensor_core(products[1])
+        c, d = leave_tensor_core(products[2]), leave_tensor_core(products[3])
+        joined = tl.join(tl.join(a, b), tl.join(c, d))
+    else:
+        joined = tl.join(tl.join(products[0], products[1]), tl.join(products[2], products[3]))
+        joined = add_last(tl.permute(joined, (1, 2, 3, 4, 0)))
+    return joined
+
+
+@triton.jit
 def add_inputs(products, x):
     """Return the pre-activations: fp32 tiles x[k] + products[k], or x[k] alone where there is no product."""
     z = ()
     # Four at a time change their layout together, at the price of one.
     JOINED: tl.constexpr = len(products) // 4 * 4
     for k in tl.static_range(0, JOINED, 4):
-        a, b = leave_tensor_core(products[k]), leave_tensor_core(products[k + 1])
-        c, d = leave_tensor_core(products[k + 2]), leave_tensor_core(products[k + 3])
-        joined = tl.join(tl.join(a, b), tl.join(c, d))
+        joined = join_four(products[k : k + 4])
         joined += tl.join(tl.join(x[k], x[k + 1]), tl.join(x[k + 2], x[k + 3])).to(tl.float32)
         ab, cd = tl.split(joined)
         a, b = tl.split(ab)
         c, d = tl.split(cd)
         z = z + (a, b, c, d)
     for k in tl.static_range(JOINED, len(products)):
-        z = z + (x[k].to(tl.float32) + leave_tensor_core(products[k]),)
+        z = z + (x[k].to(tl.float32) + add_parts(products[k]),)
     return z + widen(x[len(products) :])
 
 
 @triton.jit
 def load_weight(weight_ptr, gate, source, unit, is_unit, HIDDEN: tl.constexpr, TRANSPOSE: tl.constexpr):
     """Load the tile [source, unit] of one gate's recurrent weight U [H, H], or of Uᵀ (TRANSPOSE); zero outside it."""
-    mask = (source < HIDDEN)[:, None] & is_unit[None, :]
+    source = tl.expand_dims(source, -1)
+    mask = (source < HIDDEN) & is_unit
     if TRANSPOSE:
-        place = unit[None, :] * HIDDEN + source[:, None]
+        place = unit * HIDDEN + source
     else:
-        place = source[:, None] * HIDDEN + unit[None, :]
+        place = source * HIDDEN + unit
     return tl.load(weight_ptr + gate * HIDDEN * HIDDEN + place, mask=mask, other=0.0)

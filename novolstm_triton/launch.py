@@ -523,6 +523,8 @@ def kernel_constants(
         BLOCK_B=kernel_plan.block_b,
         BLOCK_N=kernel_plan.block_n,
         BLOCK_K=kernel_plan.block_k,
+        PARTS=kernel_plan.parts,
+        IN_FLIGHT=kernel_plan.in_flight,
         BLOCK_S=triton.next_power_of_2(kernel_plan.slices),
         BLOCK_ROW=triton.next_power_of_2(hidden),
         BLOCK_R=_rows_per_program(hidden),

@@ -85,6 +85,10 @@ class KernelPlan:
     """`units` padded to the tile size that tl.dot takes."""
     block_k: int
     """Units of h per tile of the K loop."""
+    parts: int
+    """Parts into which a tile's K is cut, one for each warp; 1 if the warps share out its columns instead."""
+    in_flight: int
+    """K tiles of the other operand of resident weights that are loaded before the first one is multiplied."""
     resident: bool
     """Whether the recurrent weights stay in shared memory for all steps; otherwise they stream from L2."""
     exchange: str
@@ -132,6 +136,7 @@ class Pins:
     ctas: int | None = None
     exchanges: int | None = None
     num_warps: int | None = None
+    split_k: bool | None = None
     overlap: bool | None = None
     chunk: int | None = None
     max_spins: int | None = None
@@ -146,7 +151,7 @@ class Pins:
         for name in ("block_b", "block_k"):
             if (value := getattr(self, name)) is not None and (value < 16 or value & (value - 1)):
                 raise ValueError(f"{name}: expected a power of two of at least 16, got {value}")
-        for name in ("resident", "overlap"):
+        for name in ("resident", "split_k", "overlap"):
             if not isinstance(value := getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name}: expected a bool, got {reprlib.repr(value)}")
         if self.exchange is not None and self.exchange not in EXCHANGES:
@@ -175,6 +180,7 @@ def forced(
     ctas: int | None = None,
     exchanges: int | None = None,
     num_warps: int | None = None,
+    split_k: bool | None = None,
     overlap: bool | None = None,
     chunk: int | None = None,
     max_spins: int | None = None,
@@ -193,6 +199,8 @@ def forced(
         exchanges: exchanges per step of NovoLSTM's backward with several slices, 2, or 1: companion products
             (kernels/README.md) save the second one. Its forward needs two, the plain LSTM one.
         num_warps: warps per program, a power of two from 1 to 32.
+        split_k: False lets the warps share out the columns of every tile; True, or nothing, gives each warp a part of K
+            where a tile has few columns.
         overlap: make the input products of the next chunk on a stream of their own, under forward's recurrence of this
             one (on a GPU).
         chunk: time steps per chunk; of the torch backend, too.
@@ -214,6 +222,7 @@ def forced(
         ctas=ctas,
         exchanges=exchanges,
         num_warps=num_warps,
+        split_k=split_k,
         overlap=overlap,
         chunk=chunk,
         max_spins=max_spins,
@@ -322,7 +331,10 @@ def plan(
     def best(backward: bool) -> KernelPlan:
         choices = plans.choose(*sizes, cell=cell, backward=backward, pins=pins)
         kernel_plans = candidates(*sizes, cell=cell, directions=directions, backward=backward, pins=choices)
-        return min(kernel_plans, key=lambda c: (c.step_us, c.slices, c.block_b))
+        # The model tells no small differences: of what it finds nearly as fast, the fewest programs that wait.
+        fastest = min(kernel_plan.step_us for kernel_plan in kernel_plans)
+        good = [kernel_plan for kernel_plan in kernel_plans if kernel_plan.step_us <= 1.125 * fastest]
+        return min(good, key=lambda c: (c.slices, c.step_us, c.block_b))
 
     return LaunchPlan(forward=best(False), backward=best(True))
 
@@ -578,11 +590,8 @@ def _candidate(
     else:
         num_warps = 8 if crowded or ctas > 1 else 4
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
-    # elsewhere a limit of its own choice serves it better, except with two directions on four warps, where it spills.
-    if backward:
-        thrifty = resident and block_b == 16 and (block_k <= 256 if num_warps >= 8 else directions == 2)
-    else:
-        thrifty = not resident or (local and num_warps >= 8)
+    # elsewhere a limit of its own choice serves it better.
+    thrifty = resident if backward else not resident or (local and num_warps >= 8)
     exchanges = 2 if cell.normalised else 1
     if pins.exchanges and backward and slices > 1 and cell.normalised:
         exchanges = pins.exchanges
@@ -591,8 +600,30 @@ def _candidate(
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
     # A cluster shares out the weights and the work.
     weight_bytes = recurrent * padded_k * block_n * operand_bytes // ctas
-    # Self-validating words are tested all at once: every tile of h is in flight.
-    scratch = 4096 + block_b * (padded_k if words else block_k) * operand_bytes + 8 * elements
+    # Where 16 rows leave a warp only a few columns, its products are one chain, each waiting for the one before: a part
+    # of K each gives it all columns. Forward has a chain for every gate, unless there are so few columns that warps
+    # repeat the products of others. (So they do in a tile of 32 rows; but its parts would spill.)
+    least_k = 8 if device.backend == "interpreter" else 16
+    few_columns = resident and not local and ctas == 1 and block_b == 16 and (backward or block_n == 16)
+    splits = few_columns and device.backend != "hip" and block_k >= least_k * num_warps and pins.split_k is not False
+    parts = num_warps if splits else 1
+
+    scratch, in_flight = 4096 + 8 * elements, 1
+    tile_bytes = block_b * block_k * operand_bytes
+    if words:
+        # They are tested all at once.
+        scratch += block_b * padded_k * operand_bytes
+    elif resident and not local:
+        # In forward, whose gates each have a sum, larger tiles do not leave registers to load the next one early.
+        most = padded_k // block_k * (recurrent if backward else 1) if backward or block_b == 16 else 1
+        in_flight = max(1, min(most, (device.smem_bytes - 2048 - weight_bytes) // tile_bytes))
+        # What else needs space needs it before or after.
+        scratch = max(scratch + tile_bytes, 2048 + in_flight * tile_bytes)
+    else:
+        scratch += tile_bytes
+    if parts > 1:
+        # The parts of a product, in forward of four products, are added through shared memory.
+        scratch = max(scratch, 2048 + (1 if backward else 4) * 4 * parts * elements)
     if not resident:
         # Forward multiplies a tile of h by all gates' weights at once, backward takes gate by gate.
         tiles_in_flight = block_k * block_n * (1 if backward else recurrent)
@@ -602,7 +633,8 @@ def _candidate(
     rounds = -(-tiles // together) if slices > 1 else -(-tiles * ctas // device.multiprocessors)
     read = weight_bytes / (_SMEM_BYTES_PER_CLOCK if resident else _L2_BYTES_PER_CLOCK)
     # Products that feed each other get their warps along the longer side of the tile; on a shorter one work repeats.
-    busy = min(4, num_warps, block_n // 8 if block_n > block_b else block_b // 16)
+    columns = block_n // 8 if block_n > block_b else block_b // 16
+    busy = min(4, num_warps, num_warps if parts > 1 else columns)
     multiply = 2 * recurrent * block_b * padded_k * block_n / ctas / (_FLOPS_PER_CLOCK * busy / 4)
     step_us = _FIXED_US + max(read, multiply) / _CLOCKS_PER_US + elements * _POINTWISE_US_PER_ELEMENT
     if ctas > 1:
@@ -617,6 +649,8 @@ def _candidate(
         block_b=block_b,
         block_n=block_n,
         block_k=block_k,
+        parts=parts,
+        in_flight=in_flight,
         resident=resident,
         exchange="cluster" if ctas > 1 else "none" if slices == 1 else pins.exchange or "barrier",
         ctas=ctas,

@@ -231,8 +231,8 @@ FAULTS = [
     Fault(
         "no wait with one exchange",
         "backward",
-        "            wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n            for k in tl.static_range(len(EARLY))",
-        "            for k in tl.static_range(len(EARLY))",
+        "            wait(counter, arrivals, EXCHANGE, MAX_SPINS)\n            dh_prev",
+        "            dh_prev",
         ONE,
     ),
     Fault(

@@ -459,6 +459,7 @@ PINS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "exchange-list": (dict(exchange=["none"]), ValueError, "exchange: expected one of"),
     "chunk-float": (dict(chunk=1.5), TypeError, "chunk: expected an int, got 1.5"),
     "chunk-huge": (dict(chunk=2**31), ValueError, "chunk: expected at most 2147483647, got 2147483648"),
+    "split_k-number": (dict(split_k=1), TypeError, "split_k: expected a bool, got 1"),
     "max_spins-zero": (dict(max_spins=0), ValueError, "max_spins: expected at least 1, got 0"),
     "device-text": (dict(device="h100"), TypeError, "device: expected a plan.Device, got str"),
 }

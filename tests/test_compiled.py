@@ -9,9 +9,9 @@ import sys
 import pytest
 import triton
 
-needs_clusters = pytest.mark.skipif(
-    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="Triton compiles for clusters from 3.9 on"
-)
+NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+needs_clusters = pytest.mark.skipif(not NEWEST, reason="Triton compiles for clusters from 3.9 on")
+RECURRENT = {"formula": 5, "lstm": 4}
 REPORT = pathlib.Path(__file__).parent.parent / "bench" / "compile_report.py"
 
 
@@ -39,7 +39,10 @@ def name(row: dict) -> str:
 
 
 def test_no_register_is_spilled(recurrent):
-    assert {name(row): row["spill_bytes"] for row in recurrent if row["spill_bytes"]} == {}
+    """Older compilers spill a few bytes, in few kernels."""
+    most = 0 if NEWEST else 40
+    assert {name(row): row["spill_bytes"] for row in recurrent if row["spill_bytes"] > most} == {}
+    assert sum(row["spill_bytes"] > 0 for row in recurrent) <= 6
 
 
 @pytest.mark.parametrize(("cell", "most"), [("notebook", 24), ("formula_all", 24), ("notebook_all", 24)])
@@ -59,6 +62,16 @@ def test_few_barriers_in_a_step(recurrent):
         if row["batch"] == 16 and row["arch"] == "sm_90":
             steps[row["hidden"]] += row["barriers"]
     assert all(0 < steps[hidden] <= first[hidden] // 2 for hidden in first), steps
+
+
+def test_no_product_is_made_twice(recurrent):
+    """Each m16n8k16 instruction of a step is one warp's, and only one's, if weights are resident and rows are few."""
+    kept = [row for row in recurrent if row["resident"] and row["block_b"] == 16]
+    assert sum(row["parts"] > 1 for row in kept) >= 12
+    for row in kept:
+        columns = RECURRENT[row["cell"]] * row["block_n"] // 8
+        k_steps = -(-row["hidden"] // row["block_k"]) * row["block_k"] // 16
+        assert row["products"] == columns * k_steps // row["num_warps"], name(row)
 
 
 def test_shared_memory_is_within_plan_and_device(recurrent):

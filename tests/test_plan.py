@@ -105,6 +105,12 @@ def test_exchange_pin(exchange, hidden):
             assert p.exchange == exchange
 
 
+def test_split_k_pin():
+    assert [p.parts for p in kernel_plans(1024, 16, torch.bfloat16, plan.H100)] == [4, 4]
+    with plan.forced(split_k=False):
+        assert [p.parts for p in kernel_plans(1024, 16, torch.bfloat16, plan.H100)] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("pins", "message"),
     [

@@ -126,6 +126,40 @@ def test_one_exchange_in_backward(slices, variant, dtype):
     assert_as_exact_as_eager(problem, result, dtype)
 
 
+@pytest.mark.parametrize("variant", sorted(CELLS))
+@pytest.mark.parametrize(("exchange", "exchanges"), [("barrier", 2), ("barrier", 1), ("words", 2)])
+@pytest.mark.parametrize(("hidden", "block_k", "num_warps"), [(64, 64, 4), (52, 32, 2)])
+def test_parts_of_k(hidden, block_k, num_warps, exchange, exchanges, variant):
+    """Every warp takes a part of K: in backward, and in forward if a slice has few units."""
+    problem = Problem(steps=3, batch=5, hidden=hidden, cell=variant, lengths=True)
+    exempt = SELF_VALIDATING if exchange == "words" else ()
+    pins = dict(slices=4, chunk=2, block_k=block_k, num_warps=num_warps, exchange=exchange, exchanges=exchanges)
+    with plan.forced(device=ROOMY, **pins):
+        planned = plan.plan(hidden, 5, torch.bfloat16, ROOMY, cell=variant)
+        assert (planned.forward.parts, planned.backward.parts) == (num_warps, num_warps)
+        with cooperative(1, poison=exchange == "barrier", self_validating=exempt):
+            result = problem.run("triton", torch.bfloat16)
+    assert_as_exact_as_eager(problem, result, torch.bfloat16)
+
+
+@pytest.mark.parametrize("tiles", [3, 4, 7, 100])
+@pytest.mark.parametrize(("variant", "exchanges"), [("formula", 2), ("formula", 1), ("notebook_all", 2), ("lstm", 2)])
+def test_tiles_in_flight(variant, exchanges, tiles):
+    """As many as there is room for are loaded at once, whatever gate they belong to."""
+    problem = Problem(steps=3, batch=3, hidden=72, cell=variant)
+    tile_bytes, weight_bytes = 16 * 16 * 8, CELLS[variant].recurrent * 80 * 16 * 8
+    smem_bytes = 2048 + weight_bytes + tiles * tile_bytes
+    device = plan.Device("narrow", "cuda", 90, multiprocessors=64, smem_bytes=smem_bytes)
+    pins = dict(device=device, slices=5, block_b=16, block_k=16, resident=True, chunk=2, exchanges=exchanges)
+    with plan.forced(**pins):
+        planned = plan.plan(72, 3, torch.float32, device, cell=variant)
+        assert planned.forward.in_flight == min(5, tiles)
+        assert planned.backward.in_flight == min(5 * CELLS[variant].recurrent, tiles)
+        with cooperative(1, poison=True):
+            result = problem.run("triton", torch.float32)
+    assert_as_exact_as_eager(problem, result, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_self_validating_words_of_sixteen_bits(dtype):
     problem = Problem(steps=5, batch=3, hidden=40, lengths=True)

@@ -26,7 +26,12 @@ SIZES = (256, 16, torch.bfloat16, GPU)
 @pytest.fixture(autouse=True)
 def nothing_in_force(monkeypatch):
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     tuned.put_in_force(None)
     tuned._of_environment.cache_clear()
     tuned._shipped.cache_clear()
