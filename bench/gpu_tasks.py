@@ -139,7 +139,7 @@ def more_rows() -> list[Task]:
     tasks += [rows(512, 16, 16, entry("compiled", "bf16"), rounds=5, stall_s=150)]
     ours, theirs = functools.partial(entry, "novolstm"), functools.partial(entry, "nn.LSTM")
     tasks += [rows(128, 16, 16, entry("compiled", "bf16"), rounds=5, stall_s=150)]
-    # Predicted (kernels/README.md): 2 µs a step less in backward at H = 512, and about 6 at 1024, 6 in forward there.
+    # Predicted from kernels/README.md: a step of backward takes 2 µs less at H = 512, 4 at 1024; forward there 1.6.
     tasks += [rows(hidden, 16, 1024, ours("bf16"), ours("bf16", split_k=False)) for hidden in (512, 1024, 256)]
     # Slices to compare: those with one possible exchange, then those with two.
     alternatives = {128: ((1,), (2, 4, 8)), 256: ((1,), (4, 8, 16)), 512: ((1, 8), (16, 32)), 1024: ((16, 32), (64,))}
