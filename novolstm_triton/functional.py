@@ -273,7 +273,13 @@ def _layer(
 
 def autocast_is_on(device: torch.device) -> bool:
     """Return whether autocast is enabled for tensors on a device; for some, like "meta", there is none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+# PyTorch 2.11 does not trace it.
+@constant_in_graphs
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _autocast(a: Tensor) -> Tensor:

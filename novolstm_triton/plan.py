@@ -274,13 +274,14 @@ def chunk_steps(batch: int, hidden: int, gates: int, itemsize: int, backend: str
         return chunk
     if backend == "torch":
         least, most, wanted = 8, 64, _largest(256 // batch, 2**16 // (batch * hidden))
-        return torch.sym_min(most, _largest(least, wanted))  # pyright: ignore[reportReturnType]
+        return -_largest(-most, -_largest(least, wanted))
     return _largest(16, CHUNK_BYTES // (batch * hidden * gates * itemsize))
 
 
 def _largest(a: int, b: int) -> int:
     """Return the larger one; traced with a batch of any size, an expression of that size."""
-    return torch.sym_max(a, b)  # pyright: ignore[reportReturnType]
+    # PyTorch 2.11's compiler does not trace sym_max of plain numbers; max becomes sym_max where it has to.
+    return max(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_max(a, b)  # pyright: ignore[reportReturnType]
 
 
 CHUNK_BYTES = 2**26

@@ -50,6 +50,7 @@ def test_other_cells_spill_little(tmp_path, cell, most):
     sizes = ["--arch", "sm_90", "--hidden", "64", "256", "512", "1024", "--batch", "16", "--cell", cell]
     rows = report(tmp_path / "report.json", *sizes, "--kernel", "forward_kernel", "backward_kernel")
     assert len(rows) == 8
+    most = most if NEWEST else 2 * most
     assert {name(row): row["spill_bytes"] for row in rows if row["spill_bytes"] > most} == {}
 
 
