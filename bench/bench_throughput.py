@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from . import floor
+from . import roofline
 from .layers import Layer, Sizes, compared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,11 +70,11 @@ def layer(case):
 
 
 @functools.cache
-def cpu_constants(hidden: int) -> floor.Cpu:
+def cpu_constants(hidden: int) -> roofline.Cpu:
     """Measure the CPU's rates: a product of 1024 x 1024 matrices, and weights [4H, H] times a vector, cached."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     weights, vector = torch.randn(4 * hidden, hidden), torch.randn(hidden)
-    return floor.Cpu(2 * 1024**3 / least_us(lambda: a @ b), weights.nbytes / least_us(lambda: weights @ vector))
+    return roofline.Cpu(2 * 1024**3 / least_us(lambda: a @ b), weights.nbytes / least_us(lambda: weights @ vector))
 
 
 def least_us(function: Callable[[], object]) -> float:
@@ -87,14 +87,16 @@ def least_us(function: Callable[[], object]) -> float:
     return min(times) * 1e6
 
 
-def floor_us(layer: Layer, passes: str) -> float | None:
-    """Return the floor of a step of a layer; None where there is no model of it."""
-    cell = floor.LSTM if layer.name in ("nn.LSTM", "flashrnn") else floor.NOVOLSTM
-    sizes = floor.Sizes(*layer.sizes, itemsize=layer.x.element_size())
+def roofline_us(layer: Layer, passes: str) -> float | None:
+    """Return the roofline of a step of a layer; None where there is no model of it."""
+    cell = roofline.LSTM if layer.name in ("nn.LSTM", "flashrnn") else roofline.NOVOLSTM
+    sizes = roofline.Sizes(*layer.sizes, itemsize=layer.x.element_size())
     backward = passes == "forward_backward"
     if DEVICE == "cpu":
-        return floor.cpu_step_us(cell, sizes, cpu_constants(layer.sizes.hidden), backward=backward)
-    return floor.of_plan(cell, sizes, floor.gpu_named(torch.cuda.get_device_name()), layer.plan(), backward=backward)
+        return roofline.cpu_step_us(cell, sizes, cpu_constants(layer.sizes.hidden), backward=backward)
+    return roofline.of_plan(
+        cell, sizes, roofline.gpu_named(torch.cuda.get_device_name()), layer.plan(), backward=backward
+    )
 
 
 def row_of(layer: Layer) -> dict:
@@ -125,11 +127,11 @@ def test_time(benchmark, layer, passes):
     benchmark.group = "T{} B{} I{} H{} {}".format(*layer.sizes, passes)
     benchmark.pedantic(run_and_wait, (layer, passes), rounds=rounds)
     time_us = statistics.median(benchmark.stats.stats.data) * 1e6
-    us_per_step, least_us = time_us / layer.sizes.steps, floor_us(layer, passes)
+    us_per_step, least_us = time_us / layer.sizes.steps, roofline_us(layer, passes)
     figures = dict(
         us_per_step=us_per_step,
         tokens_per_s=layer.sizes.batch / us_per_step * 1e6,
-        floor_fraction=None if least_us is None else least_us / us_per_step,
+        roofline_fraction=None if least_us is None else least_us / us_per_step,
     )
     benchmark.extra_info |= row_of(layer) | {f"{passes}_{name}": value for name, value in figures.items()}
 

@@ -98,7 +98,7 @@ def compile_kernel(case: Case) -> dict:
             kernel, case.cell, case.hidden, kernel_plan, case.options, precision, directions=case.directions
         )
     given = dict(lengths_ptr=case.options.lengths, h_mask_ptr=case.options.h_mask)
-    given["kept_ptr"] = case.options.zoneout == "masks"
+    given["zoneout_mask_ptr"] = case.options.zoneout == "masks"
     constants |= {name: None for name, there in given.items() if not there and name in kernel.arg_names}
     signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
     if constants.get("EXCHANGE") == "words":
@@ -189,7 +189,7 @@ def _type(name: str, dtype: str, constants: dict) -> str:
         return "constexpr"
     if name in _IN_INT32:
         return "*i32"
-    if name == "kept_ptr":
+    if name == "zoneout_mask_ptr":
         return "*u8"
     if name.endswith("_ptr"):
         return "*" + (dtype if name in _IN_DTYPE else "fp32")

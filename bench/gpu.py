@@ -6,10 +6,10 @@ OUT_DIR/<gpu name>.json is written again after every result, so that an early st
 
     environment  device, versions and precision settings
     checks       name, shape, error, bound, ok, and how; `error` is null where `message` says what went wrong
-    rows         layer, exchange, dtype, hidden, inputs, batch, steps; µs per step, tokens/s and fraction of the floor,
+    rows         layer, exchange, dtype, hidden, inputs, batch, steps; µs per step, tokens/s and share of the roofline,
                  of forward and of forward_backward; peak_mib, first_call_s, and how; or `error`, a text.
                  `python -m bench.report` makes tables and plots of them
-    micro        constants of the floor, measured on this device (gpu_micro.py)
+    micro        constants of the roofline, measured on this device (gpu_micro.py)
     unfinished   what the time did not suffice for
 
 A persistent kernel with a bug may spin for ever, or leave CUDA unusable. Therefore this process never touches the GPU:
@@ -34,7 +34,7 @@ from typing import Any
 from gpu_processes import STALL_S, Compilers, Lost, Worker
 from gpu_results import failed, line_of, slug, write_json
 from gpu_tasks import (
-    FLOOR_CONSTANTS,
+    ROOFLINE_CONSTANTS,
     Task,
     all_tasks,
     compilations,
@@ -102,10 +102,10 @@ class Run:
         self.save()
 
     def constants(self) -> dict[str, Any]:
-        """Return the constants of the floor that have been measured on this device."""
+        """Return the constants of the roofline that have been measured on this device."""
         measured = {result["constant"]: result["value"] for result in self.report["micro"]}
         # Of programs that share nothing with another's timer a difference may be zero or less: no measurement.
-        return {name: measured[name] for name in FLOOR_CONSTANTS if name in measured and _positive(measured[name])}
+        return {name: measured[name] for name in ROOFLINE_CONSTANTS if name in measured and _positive(measured[name])}
 
     def save(self) -> None:
         """Write the report."""

@@ -1,4 +1,4 @@
-"""Microbenchmarks of what `floor.py` is made of, measured on the device: they replace its published constants.
+"""Microbenchmarks of what `roofline.py` is made of, measured on the device: they replace its published constants.
 
 barrier_us            a counter barrier among so many programs, one of the kernels' own form
 handoff_us            a word from one program to another, which polls for it

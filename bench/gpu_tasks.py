@@ -7,12 +7,12 @@ from typing import Any
 Task = dict[str, Any]
 
 
-FLOOR_CONSTANTS = ("barrier_us", "handoff_us", "l2_latency_us", "l2_bytes_per_us", "launch_us", "clocks_per_us")
-"""The results of gpu_micro.py that replace constants of floor.py. Of shared memory it measures only a lower bound."""
+ROOFLINE_CONSTANTS = ("barrier_us", "handoff_us", "l2_latency_us", "l2_bytes_per_us", "launch_us", "clocks_per_us")
+"""The results of gpu_micro.py that replace constants of roofline.py; its bound on shared memory is only a lower one."""
 
 
 def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: bool = False, **options: Any) -> Task:
-    """Return a check task; options are fields of tests/problems.py's Problem, and `pins`, arguments of plan.forced."""
+    """Return a check task; options are those of `novolstm_triton.problems.Problem`, and `pins` those of plan.forced."""
     pins = options.pop("pins", {})
     problem = dict(steps=steps, batch=batch, hidden=hidden, **options)
     flags = [options.get("cell", "formula"), *(name for name in ("lengths", "reverse") if options.get(name))]

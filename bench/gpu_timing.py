@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-import floor
+import roofline
 import torch
 from gpu_device import synchronize, unusable
 from gpu_library import layers
@@ -65,18 +65,18 @@ class Timed:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def enter(self, passes: str, times_ms: list[float], gpu: "floor.Gpu | None") -> None:
+    def enter(self, passes: str, times_ms: list[float], gpu: "roofline.Gpu | None") -> None:
         """Enter the figures of the calls of one kind into the row."""
         us_per_step = statistics.median(times_ms) * 1e3 / self.layer.sizes.steps
-        cell = floor.LSTM if self.layer.name in ("nn.LSTM", "flashrnn") else floor.NOVOLSTM
-        sizes = floor.Sizes(*self.layer.sizes, itemsize=self.layer.x.element_size())
-        floor_us = floor.of_plan(cell, sizes, gpu, self.plans, backward=passes == "forward_backward")
+        cell = roofline.LSTM if self.layer.name in ("nn.LSTM", "flashrnn") else roofline.NOVOLSTM
+        sizes = roofline.Sizes(*self.layer.sizes, itemsize=self.layer.x.element_size())
+        roofline_us = roofline.of_plan(cell, sizes, gpu, self.plans, backward=passes == "forward_backward")
         figures = dict(
             us_per_step=us_per_step,
             least_us_per_step=min(times_ms) * 1e3 / self.layer.sizes.steps,
             tokens_per_s=self.layer.sizes.batch / us_per_step * 1e6,
-            floor_us_per_step=floor_us,
-            floor_fraction=None if floor_us is None else floor_us / us_per_step,
+            roofline_us_per_step=roofline_us,
+            roofline_fraction=None if roofline_us is None else roofline_us / us_per_step,
             calls=len(times_ms),
         )
         self.row |= {f"{passes}_{name}": value for name, value in figures.items()}
@@ -107,9 +107,9 @@ def prepared(task: Task, device: str, announce: Callable[[str], None], prepare: 
 def run_rows(task: Task, device: str, announce: Callable[[str], None]) -> dict:
     """Time the entries of a task in turn; one that raises becomes a row with an error, and the others go on."""
     ready, failures = prepared(task, device, announce, Timed.prepare)
-    gpu = floor.gpu_named(torch.cuda.get_device_name()) if device == "cuda" else None
+    gpu = roofline.gpu_named(torch.cuda.get_device_name()) if device == "cuda" else None
     if gpu is not None:
-        gpu = floor.with_measured(gpu, task.get("constants", {}))
+        gpu = roofline.with_measured(gpu, task.get("constants", {}))
     for passes in ("forward", "forward_backward") if ready else ():
         first_ms = []
         for timed in ready:

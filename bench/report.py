@@ -3,7 +3,7 @@
 Reads what `pytest bench --benchmark-json=FILE` and `bash bench/gpu.sh OUT_DIR` write: rows, dictionaries of
 
     layer, dtype, exchange, pins, steps, batch, inputs, hidden              what was measured
-    {forward,forward_backward}_{us_per_step,tokens_per_s,floor_fraction}    any of these,
+    {forward,forward_backward}_{us_per_step,tokens_per_s,roofline_fraction}    any of these,
     peak_mib, first_call_s                                                  and of these
     error                                                                   or why there is nothing
 
@@ -26,8 +26,8 @@ COLUMNS = {
     "forward_us_per_step": ("forward µs/step", ".3g"),
     "forward_backward_us_per_step": ("forward + backward µs/step", ".3g"),
     "forward_backward_tokens_per_s": ("tokens/s, both", ".3g"),
-    "forward_floor_fraction": ("floor, forward", ".0%"),
-    "forward_backward_floor_fraction": ("floor, both", ".0%"),
+    "forward_roofline_fraction": ("roofline, forward", ".0%"),
+    "forward_backward_roofline_fraction": ("roofline, both", ".0%"),
     "peak_mib": ("peak MiB", ".3g"),
     "first_call_s": ("first call s", ".2g"),
 }

@@ -15,10 +15,10 @@ from .gate_norms import (
 from .tiles import (
     add_parts,
     load_gates,
-    load_kept,
     load_resident,
     load_rows,
     load_weight,
+    load_zoneout_mask,
     mirror,
     widen,
     zero_product,
@@ -95,7 +95,7 @@ def cell_states_kernel(
     gamma_ptr,
     beta_ptr,
     lengths_ptr,
-    kept_ptr,
+    zoneout_mask_ptr,
     c_ptr,
     batch,
     steps,
@@ -124,7 +124,7 @@ def cell_states_kernel(
         gamma_ptr: [D, NORMS·H] fp32.
         beta_ptr: [D, NORMS·H] fp32.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
-        kept_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
+        zoneout_mask_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
         c_ptr: [D, steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
         batch: B.
         steps: length of the chunk.
@@ -156,15 +156,17 @@ def cell_states_kernel(
     for first in range(0, steps, UNROLL):
         z = ()
         stats = ()
-        kept = ()
+        zoneout_masks = ()
         for k in tl.static_range(UNROLL):
             step = tl.minimum(first + k, steps - 1)
             t = t_first + step * t_step
             z_row = tl.cast(t - chunk_start, tl.int64) * batch + row
             z = z + load_gates(z_ptr + z_row * (GATES * HIDDEN), unit, mask, GATES, HIDDEN)
             stats = stats + load_stats(stats_ptr, z_row + tl.arange(0, 1), stats_size, STATS)
-            kept_place = (row * DIRECTIONS + direction) * HIDDEN + unit
-            kept = kept + (load_kept(kept_ptr, t, batch * DIRECTIONS * HIDDEN, kept_place, mask, ZONEOUT),)
+            mask_place = (row * DIRECTIONS + direction) * HIDDEN + unit
+            step_size = batch * DIRECTIONS * HIDDEN
+            bits = load_zoneout_mask(zoneout_mask_ptr, t, step_size, mask_place, mask, ZONEOUT)
+            zoneout_masks = zoneout_masks + (bits,)
         for k in tl.static_range(UNROLL):
             step = first + k + tl.zeros_like(unit)
             valid = step < steps
@@ -173,7 +175,7 @@ def cell_states_kernel(
             step_z = widen(z[k * GATES : (k + 1) * GATES])
             step_stats = stats[k * STATS : (k + 1) * STATS]
             _, c_new = cell_update(step_z, step_stats, c, gamma, beta, update, GATE_NORMS)
-            c_new = zoneout(c_new, c, kept[k], 2, zoneout_c, ZONEOUT)
+            c_new = zoneout(c_new, c, zoneout_masks[k], 2, zoneout_c, ZONEOUT)
             c = tl.where(valid, c_new, c)
             place = (tl.cast(first + k + 1, tl.int64) * batch + row) * HIDDEN + unit
             tl.store(c_ptr + place, c, mask=mask & (step < steps))
@@ -327,7 +329,7 @@ def backward_kernel(
     beta_ptr,
     lengths_ptr,
     h_mask_ptr,
-    kept_ptr,
+    zoneout_mask_ptr,
     c_ptr,
     dy_ptr,
     companion_ptr,
@@ -396,7 +398,7 @@ def backward_kernel(
         beta_ptr: [D, NORMS·H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         h_mask_ptr: [D, B, H] factor on h wherever it met weight_hh; not read unless HAS_MASK.
-        kept_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
+        zoneout_mask_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
         c_ptr: [D, steps + 1, B, H] fp32 cell states, in the order of the walk forward.
         dy_ptr: [T, B, D·H] gradient of the output.
         companion_ptr: [S, D, steps, B, H], the companions times their gates' weights, in the order of t; not read
@@ -480,7 +482,7 @@ def backward_kernel(
     z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
     stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
     c_prev = tl.load(c_ptr + (c_first + steps - 1) * size + tile_place + place, mask=mask, other=0.0)
-    kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
+    zoneout_mask = load_zoneout_mask(zoneout_mask_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
     dy_ptr += tile_place * DIRECTIONS
     dy = tl.load(dy_ptr + tl.cast(t, tl.int64) * y_size + y_place, mask=mask, other=0.0)
     t_after = t_last - tl.minimum(1, steps - 1) * t_step
@@ -497,10 +499,10 @@ def backward_kernel(
         if ZONEOUT != "none":
             # The cell's own c, of which the walk forward kept a part, and its share of the gradients.
             _, c = cell_update(widen(z), stats, c_prev, gamma, beta, update, GATE_NORMS)
-            dh_new = zoneout(dh, 0.0, kept, 1, zoneout_h, ZONEOUT)
-            dc_new = zoneout(dc, 0.0, kept, 2, zoneout_c, ZONEOUT)
-            dh_kept = zoneout(0.0, dh, kept, 1, zoneout_h, ZONEOUT)
-            dc_kept = zoneout(0.0, dc, kept, 2, zoneout_c, ZONEOUT)
+            dh_new = zoneout(dh, 0.0, zoneout_mask, 1, zoneout_h, ZONEOUT)
+            dc_new = zoneout(dc, 0.0, zoneout_mask, 2, zoneout_c, ZONEOUT)
+            dh_kept = zoneout(0.0, dh, zoneout_mask, 1, zoneout_h, ZONEOUT)
+            dc_kept = zoneout(0.0, dc, zoneout_mask, 2, zoneout_c, ZONEOUT)
         own, early, pending, dc_prev, dgamma_step, dbeta_step = cell_grad_local(
             *(widen(z), stats, c, c_prev, dh_new, dc_new, gamma, beta, is_unit[None, :], grad_local, GATE_NORMS)
         )
@@ -555,7 +557,7 @@ def backward_kernel(
         c = c_prev
         c_place = tl.cast(c_first + tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)
-        kept = load_kept(kept_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
+        zoneout_mask = load_zoneout_mask(zoneout_mask_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
 
         # dh_prev = Σ_k dz_k U_k
         dh_prev = zero_product(BLOCK_B, BLOCK_N, PARTS)

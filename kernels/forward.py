@@ -9,10 +9,10 @@ from .tiles import (
     add_inputs,
     add_products,
     load_gates,
-    load_kept,
     load_resident,
     load_rows,
     load_weights,
+    load_zoneout_mask,
     mirror,
     units_per_slice,
     zero_products,
@@ -43,7 +43,7 @@ def forward_kernel(
     beta_ptr,
     lengths_ptr,
     h_mask_ptr,
-    kept_ptr,
+    zoneout_mask_ptr,
     h_ptr,
     c_in_ptr,
     h_ring_ptr,
@@ -105,7 +105,7 @@ def forward_kernel(
         beta_ptr: [D, NORMS·H] fp32, likewise.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         h_mask_ptr: [D, B, H] factor on h wherever it meets weight_hh; not read unless HAS_MASK.
-        kept_ptr: [T, B, D·H] uint8, bit 0: h keeps its value in a step, bit 1: c does; read if ZONEOUT is "masks".
+        zoneout_mask_ptr: [T, B, D·H] uint8, bit 0: h keeps its value, bit 1: c does; read if ZONEOUT is "masks".
         h_ptr: [D, B, H] h before the first step, without the mask; after the last step afterwards.
         c_in_ptr: [D, B, H] fp32, c before the first step.
         h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch, with the mask, lies in slot
@@ -177,7 +177,9 @@ def forward_kernel(
     t = t_first
     step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
     x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
-    kept = load_kept(kept_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
+    zoneout_mask = load_zoneout_mask(
+        zoneout_mask_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT
+    )
     arrivals = 0
     for step in range(steps):
         h_tile_ptr = h_ring_ptr + (slot_first + (h_first + step) % h_slots) * size + tile_place
@@ -224,8 +226,8 @@ def forward_kernel(
         )
         stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
         h_new, c_new = cell_update(z, stats, c, gamma, beta, update, GATE_NORMS)
-        h_new = zoneout(h_new, h.to(tl.float32), kept, 1, zoneout_h, ZONEOUT).to(h.dtype)
-        c_new = zoneout(c_new, c, kept, 2, zoneout_c, ZONEOUT)
+        h_new = zoneout(h_new, h.to(tl.float32), zoneout_mask, 1, zoneout_h, ZONEOUT).to(h.dtype)
+        c_new = zoneout(c_new, c, zoneout_mask, 2, zoneout_c, ZONEOUT)
         if LOCAL and HIDDEN != BLOCK_N:
             # Padding columns meet zero weights, and only a finite value times zero is zero.
             h_new = tl.where(is_unit[None, :], h_new, 0.0)
@@ -252,7 +254,9 @@ def forward_kernel(
         t = t_first + tl.minimum(step + 1, steps - 1) * t_step
         step_place = (tl.cast(t - chunk_start, tl.int64) * size + tile_place) * GATES
         x_gates = load_gates(x_gates_ptr + step_place, gate_place, mask, GATES, HIDDEN)
-        kept = load_kept(kept_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
+        zoneout_mask = load_zoneout_mask(
+            zoneout_mask_ptr, t, size * DIRECTIONS, tile_place * DIRECTIONS + y_place, mask, ZONEOUT
+        )
         if not LOCAL:
             wait(counter, arrivals, EXCHANGE, MAX_SPINS)
 

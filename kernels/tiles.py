@@ -45,20 +45,20 @@ def load_rows(ptr, unit, is_unit, COUNT: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def load_kept(kept_ptr, t, step_size, place, mask, ZONEOUT: tl.constexpr):
+def load_zoneout_mask(zoneout_mask_ptr, t, step_size, place, mask, ZONEOUT: tl.constexpr):
     """Load the tile of step t of zoneout's masks [T, ...], steps `step_size` apart; 0 if there are none."""
     if ZONEOUT == "masks":
-        kept = tl.load(kept_ptr + tl.cast(t, tl.int64) * step_size + place, mask=mask, other=0)
+        bits = tl.load(zoneout_mask_ptr + tl.cast(t, tl.int64) * step_size + place, mask=mask, other=0)
     else:
-        kept = 0
-    return kept
+        bits = 0
+    return bits
 
 
 @triton.jit
-def zoneout(new, old, kept, bit: tl.constexpr, probability, ZONEOUT: tl.constexpr):
-    """Return `new`, or `old` where zoneout keeps it: by a bit of the tile `kept` ("masks"), or in part ("average")."""
+def zoneout(new, old, zoneout_mask, bit: tl.constexpr, probability, ZONEOUT: tl.constexpr):
+    """Return `new`, or `old` where zoneout keeps it: by a bit of `zoneout_mask` ("masks"), or in part ("average")."""
     if ZONEOUT == "masks":
-        new = tl.where((kept & bit) != 0, old, new)
+        new = tl.where((zoneout_mask & bit) != 0, old, new)
     elif ZONEOUT == "average":
         new = probability * old + (1.0 - probability) * new
     return new

@@ -41,7 +41,7 @@ def forward(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     *,
     eps: float,
     gate_gain: float,
@@ -64,7 +64,7 @@ def forward(
         ln_bias: [N·H] β.
         lengths: [B] int32 number of valid steps of each row, or None.
         h_mask: [B, H] factor on h wherever it meets weight_hh, or None.
-        kept: [T, B, H] uint8 masks of zoneout, or None.
+        zoneout_mask: [T, B, H] uint8 masks of zoneout, or None.
         eps: ε of the layer normalisations.
         gate_gain: constant factor on NovoLSTM's input gate.
         zoneout_h: share of h that a step keeps where there are no masks.
@@ -79,7 +79,7 @@ def forward(
     """
     prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
     (steps, batch, _), hidden = x.shape, h_0.shape[1]
-    valid, zoneout = _valid(lengths, steps), _Zoneout.of(kept, zoneout_h, zoneout_c, prepared.dtype)
+    valid, zoneout = _valid(lengths, steps), _Zoneout.of(zoneout_mask, zoneout_h, zoneout_c, prepared.dtype)
     y = x.new_empty(steps, batch, hidden)
     walk = _ForwardWalk(prepared, min(chunk, steps), h_0, c_0, reverse)
     borders = [walk.c.clone()]
@@ -106,7 +106,7 @@ def backward(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     *,
@@ -131,7 +131,7 @@ def backward(
     prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
     dtype, steps = prepared.dtype, x.shape[0]
     spans, valid = _spans(steps, chunk, reverse), _valid(lengths, steps)
-    zoneout = _Zoneout.of(kept, zoneout_h, zoneout_c, dtype)
+    zoneout = _Zoneout.of(zoneout_mask, zoneout_h, zoneout_c, dtype)
     walk = _BackwardWalk(prepared, weight_hh, min(chunk, steps), dh_n, dc_n, reverse, zoneout is not None)
     sums = _ParameterSums(prepared, needs)
     weight_ih = weight_ih.to(dtype)
@@ -245,10 +245,10 @@ class _Zoneout(NamedTuple):
     c: Tensor
 
     @classmethod
-    def of(cls, kept: Tensor | None, h: float, c: float, dtype: torch.dtype) -> _Zoneout | None:
+    def of(cls, zoneout_mask: Tensor | None, h: float, c: float, dtype: torch.dtype) -> _Zoneout | None:
         """Return those of a call, or None if nothing is kept."""
-        if kept is not None:
-            return cls((kept & 1).to(dtype), (kept & 2).ne(0).to(dtype))
+        if zoneout_mask is not None:
+            return cls((zoneout_mask & 1).to(dtype), (zoneout_mask & 2).ne(0).to(dtype))
         if h or c:
             return cls(*(torch.full((1, 1, 1), share, dtype=dtype) for share in (h, c)))
         return None
@@ -284,7 +284,7 @@ class _ForwardWalk:
         first, last = (n, 0) if self.reverse else (0, n)
         self._h_all[first] = self.h
         valid_steps = None if valid is None else valid.unbind(0)
-        kept = None if zoneout is None else (zoneout.h.unbind(0), zoneout.c.unbind(0))
+        shares = None if zoneout is None else (zoneout.h.unbind(0), zoneout.c.unbind(0))
         z = self.c.new_empty(len(cell.weight_hh), *self.c.shape)
         sigmoids, others, (s, f, o, g), z_p = z[:3], z[1:4], z[:4], z[-1]
         gamma, beta = cell.other_affine() if cell.gate_norms else (None, None)
@@ -306,9 +306,9 @@ class _ForwardWalk:
             torch.mul(i, g, out=c_next).addcmul_(f, c)
             torch.tanh(c_next, out=tanh_c)
             torch.mul(o, tanh_c, out=h_next)
-            if kept is not None:
-                h_next.lerp_(h, kept[0][t])
-                c_next.lerp_(c, kept[1][t])
+            if shares is not None:
+                h_next.lerp_(h, shares[0][t])
+                c_next.lerp_(c, shares[1][t])
             if valid_steps is not None:
                 torch.where(valid_steps[t], c_next, c, out=c_next)
                 torch.where(valid_steps[t], h_next, h, out=h_next)

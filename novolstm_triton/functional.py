@@ -32,7 +32,7 @@ _IMPLEMENTATIONS = {"torch": "novolstm_triton.bptt", "triton": "novolstm_triton.
 _GRADIENTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
 
 _TENSORS = len(_GRADIENTS) + 3
-"""Tensors that `forward_op` is given: those with a gradient, lengths, h_mask and kept."""
+"""Tensors that `forward_op` is given: those with a gradient, lengths, h_mask and zoneout_mask."""
 
 
 @constant_in_graphs
@@ -233,7 +233,7 @@ class _Extras(NamedTuple):
 
     lengths: Tensor | None
     h_mask: Tensor | None
-    kept: Tensor | None
+    zoneout_mask: Tensor | None
 
 
 def _layer(
@@ -261,8 +261,10 @@ def _layer(
             return _run(arguments, weight_hr, has_h_0, extras, options, backend)
         results = []
         for d, own in enumerate(zip(*(a.unbind(0) for a in arguments[1:]), strict=True)):
-            kept = None if extras.kept is None else extras.kept.chunk(2, dim=2)[d]
-            own_extras = extras._replace(h_mask=None if extras.h_mask is None else extras.h_mask[d], kept=kept)
+            zoneout_mask = None if extras.zoneout_mask is None else extras.zoneout_mask.chunk(2, dim=2)[d]
+            own_extras = extras._replace(
+                h_mask=None if extras.h_mask is None else extras.h_mask[d], zoneout_mask=zoneout_mask
+            )
             own_hr = None if weight_hr is None else weight_hr[d]
             own_options = options._replace(reverse=d == 1)
             results.append(_run((arguments[0], *own), own_hr, has_h_0, own_extras, own_options, backend))
@@ -416,7 +418,7 @@ def forward_op(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     eps: float,
     gate_gain: float,
     zoneout_h: float,
@@ -431,18 +433,18 @@ def forward_op(
     c_border is c before each chunk, in walking order, and after the last: two at least, so that torch.compile, which
     treats sizes of one apart, need not tell one chunk from several.
 
-    Backend "triton" also takes both directions at once, all tensors but x, lengths and kept with a leading dimension
-    of two; then `reverse` is not looked at, y is [T, B, 2H], kept likewise, and the others have the leading dimension
-    before B.
+    Backend "triton" also takes both directions at once, all tensors but x, lengths and zoneout_mask with a leading
+    dimension of two; then `reverse` is not looked at, y and zoneout_mask are [T, B, 2H], and the others have the
+    leading dimension before B.
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
-    return implementation.forward(*inputs, lengths, h_mask, kept, **options, chunk=chunk)
+    return implementation.forward(*inputs, lengths, h_mask, zoneout_mask, **options, chunk=chunk)
 
 
 @forward_op.register_fake
-def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, kept, *options):
+def _(x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, zoneout_mask, *options):
     steps, (*directions, batch, hidden), chunk = x.shape[0], h_0.shape, options[-1]
     y = x.new_empty(steps, batch, math.prod(directions) * hidden)
     borders = (steps + chunk - 1) // chunk + 1
@@ -465,7 +467,7 @@ def backward_op(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     eps: float,
@@ -485,7 +487,7 @@ def backward_op(
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
-    saved = (*inputs, lengths, h_mask, kept, y, c_border)
+    saved = (*inputs, lengths, h_mask, zoneout_mask, y, c_border)
     # A user may call backward inside an autocast region: that would round the products in here, too.
     with torch.autocast(x.device.type, enabled=False):
         gradients = implementation.backward(dy, dh_n, dc_n, *saved, **options, chunk=chunk, needs=needs)
@@ -533,11 +535,11 @@ def _save_for_second_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...
 
 def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
     """Differentiate the backward operator: by autograd, through the reference."""
-    *floating, lengths, h_mask, kept = ctx.saved_tensors
+    *floating, lengths, h_mask, zoneout_mask = ctx.saved_tensors
     if _in_transform():
         # In here autograd's own functions are forbidden; elsewhere these transforms forbid hooks on saved tensors.
         def layer(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return _layer(inputs, None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
+            return _layer(inputs, None, _Extras(lengths, h_mask, zoneout_mask), ctx.options, "reference")
 
         def gradients(*given: Tensor) -> tuple[Tensor, ...]:
             return torch.func.vjp(layer, *given[3:])[1](given[:3])
@@ -551,7 +553,7 @@ def _second_backward(ctx: Any, *grads: Tensor | None) -> tuple:
         # Aliases, so that a gradient is of this operand alone, even where one is made from another.
         given = [a.view_as(a) if a.requires_grad else a.detach().requires_grad_() for a in floating]
         outgoing, inputs = given[:3], given[3:]
-        outputs = _layer(tuple(inputs), None, _Extras(lengths, h_mask, kept), ctx.options, "reference")
+        outputs = _layer(tuple(inputs), None, _Extras(lengths, h_mask, zoneout_mask), ctx.options, "reference")
         first = torch.autograd.grad(outputs, inputs, outgoing, create_graph=True, allow_unused=True)
     pairs = [
         (g, outer)
@@ -722,14 +724,14 @@ def _check_extras(
     """Check what is given besides the eight tensors; return it as the backends take it."""
     x, h_0 = arguments[:2]
     lengths = _check_lengths(extras.lengths, x)
-    zoneout = extras.kept is not None or options.zoneout_h or options.zoneout_c
+    zoneout = extras.zoneout_mask is not None or options.zoneout_h or options.zoneout_c
     if weight_hr is not None and (extras.h_mask is not None or zoneout):
         raise ValueError("weight_hr: a projected layer has no recurrent dropout and no zoneout")
     directions = h_0.shape[0] if h_0.dim() == 3 else 1
-    kept_shape = (*x.shape[:2], directions * h_0.shape[-1])
+    zoneout_mask_shape = (*x.shape[:2], directions * h_0.shape[-1])
     for name, mask, dtype, shape in (
         ("h_mask", extras.h_mask, x.dtype, tuple(h_0.shape)),
-        ("zoneout_mask", extras.kept, torch.uint8, kept_shape),
+        ("zoneout_mask", extras.zoneout_mask, torch.uint8, zoneout_mask_shape),
     ):
         if mask is None:
             continue
@@ -739,7 +741,7 @@ def _check_extras(
             got = f"{list(mask.shape)} on {mask.device}"
             raise ValueError(f"{name}: expected shape {list(shape)} on {x.device}, got {got}")
     h_mask = None if extras.h_mask is None else extras.h_mask.detach()
-    return _Extras(lengths, h_mask, extras.kept)
+    return _Extras(lengths, h_mask, extras.zoneout_mask)
 
 
 def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:

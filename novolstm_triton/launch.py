@@ -49,7 +49,7 @@ def forward(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     *,
     eps: float,
     gate_gain: float,
@@ -67,15 +67,15 @@ def forward(
     )
     (steps, batch, _), (directions, _, hidden) = x.shape, h_0.shape
     plans = launch_plan(x, hidden, cell, directions)
-    check_offsets(plans, hidden, batch, steps, min(steps, chunk), cell, directions, kept is not None)
+    check_offsets(plans, hidden, batch, steps, min(steps, chunk), cell, directions, zoneout_mask is not None)
     kernel_plan = plans.forward
-    walk_options = WalkOptions.of(lengths, h_mask, kept, zoneout_h, zoneout_c)
+    walk_options = WalkOptions.of(lengths, h_mask, zoneout_mask, zoneout_h, zoneout_c)
     constants = kernel_constants(
         forward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
     )
     gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
     weight_hh = weight_hh.contiguous()
-    lengths, h_mask, kept = _contiguous(lengths, h_mask, kept)
+    lengths, h_mask, zoneout_mask = _contiguous(lengths, h_mask, zoneout_mask)
     state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     y = x.new_empty(steps, batch, directions * hidden)
@@ -113,7 +113,7 @@ def forward(
                 beta,
                 lengths,
                 h_mask,
-                kept,
+                zoneout_mask,
                 h,
                 c[number],
                 h_ring.buffer,
@@ -156,7 +156,7 @@ def backward(
     ln_bias: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     y: Tensor,
     c_border: Tensor,
     *,
@@ -178,13 +178,13 @@ def backward(
     )
     (steps, batch, features), (directions, _, hidden) = x.shape, h_0.shape
     kernel_plan = launch_plan(x, hidden, cell, directions).backward
-    walk_options = WalkOptions.of(lengths, h_mask, kept, zoneout_h, zoneout_c)
+    walk_options = WalkOptions.of(lengths, h_mask, zoneout_mask, zoneout_h, zoneout_c)
     constants = kernel_constants(
         backward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
     )
     gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
     weight_hh = weight_hh.contiguous()
-    lengths, h_mask, kept = _contiguous(lengths, h_mask, kept)
+    lengths, h_mask, zoneout_mask = _contiguous(lengths, h_mask, zoneout_mask)
     h_factors = None if h_mask is None else h_mask.view_as(h_0)
     dy = dy.contiguous()
     needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
@@ -230,7 +230,7 @@ def backward(
         c[:, 0] = c_border[number]
         companions.begin_chunk(rows)
         walk_c = (first, stride, start, steps, zoneout_c)
-        inputs = (gamma, beta, lengths, kept)
+        inputs = (gamma, beta, lengths, zoneout_mask)
         _recompute_states(cell, kernel_plan, walk_options, z, stats, companions.operands, c, inputs, eps, walk_c)
         companions.multiply(weight_hh)
         if kernel_plan.exchange == "words":
@@ -248,7 +248,7 @@ def backward(
                 beta,
                 lengths,
                 h_mask,
-                kept,
+                zoneout_mask,
                 c,
                 dy,
                 companions.products,
@@ -483,11 +483,16 @@ class WalkOptions(NamedTuple):
 
     @classmethod
     def of(
-        cls, lengths: Tensor | None, h_mask: Tensor | None, kept: Tensor | None, zoneout_h: float, zoneout_c: float
+        cls,
+        lengths: Tensor | None,
+        h_mask: Tensor | None,
+        zoneout_mask: Tensor | None,
+        zoneout_h: float,
+        zoneout_c: float,
     ) -> "WalkOptions":
         """Return those of a call."""
         average = "average" if zoneout_h or zoneout_c else "none"
-        return cls(lengths is not None, h_mask is not None, average if kept is None else "masks")
+        return cls(lengths is not None, h_mask is not None, average if zoneout_mask is None else "masks")
 
 
 def kernel_constants(

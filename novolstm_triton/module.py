@@ -29,7 +29,7 @@ from novolstm_triton.recurrent import (
     same_dtype,
     scalar_type,
 )
-from novolstm_triton.regularisers import dropout_mask, zoneout_mask
+from novolstm_triton.regularisers import draw_dropout_mask, draw_zoneout_mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,25 +239,27 @@ class RecurrentLayer(Recurrent):
         """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
         weights = [layer_weights(self, suffix) for suffix in self._suffixes(layer)]
         (steps, batch, _), directions = x.shape, len(weights)
-        h_mask, kept = None, None
+        h_mask, zoneout_mask = None, None
         options: dict[str, Any] = dict(lengths=lengths, backend=self.backend)
         if self.training and self.recurrent_dropout:
-            h_mask = dropout_mask((directions, batch, self.hidden_size), self.recurrent_dropout, x)
+            h_mask = draw_dropout_mask((directions, batch, self.hidden_size), self.recurrent_dropout, x)
         if self.zoneout_h or self.zoneout_c:
             options["zoneout"] = (self.zoneout_h, self.zoneout_c)
             if self.training:
                 shape = (steps, batch, directions * self.hidden_size)
-                kept = zoneout_mask(shape, self.zoneout_h, self.zoneout_c, x.device)
+                zoneout_mask = draw_zoneout_mask(shape, self.zoneout_h, self.zoneout_c, x.device)
         # One call for both directions where one launch takes both; elsewhere nothing is gained by stacking the weights.
         if directions == 2 and not self.proj_size and resolve_backend(self.backend, x.device) == "triton":
             pairs = {name: [w[name] for w in weights] for name in weights[0]}
             stacked = {name: None if pair[0] is None else torch.stack(pair) for name, pair in pairs.items()}
-            return self._call(x, h_0, c_0, stacked, h_mask=h_mask, zoneout_mask=kept, **options)
+            return self._call(x, h_0, c_0, stacked, h_mask=h_mask, zoneout_mask=zoneout_mask, **options)
         results = []
         for d, own in enumerate(weights):
             h, c, mask = (None if a is None else a[d] for a in (h_0, c_0, h_mask))
-            own_kept = None if kept is None else kept.chunk(directions, dim=2)[d]
-            results.append(self._call(x, h, c, own, h_mask=mask, zoneout_mask=own_kept, reverse=d == 1, **options))
+            own_zoneout_mask = None if zoneout_mask is None else zoneout_mask.chunk(directions, dim=2)[d]
+            results.append(
+                self._call(x, h, c, own, h_mask=mask, zoneout_mask=own_zoneout_mask, reverse=d == 1, **options)
+            )
         y, h_n, c_n = zip(*results, strict=True)
         return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
 

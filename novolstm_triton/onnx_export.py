@@ -21,13 +21,13 @@ def is_exporting() -> bool:
 
 def layer(*operands: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Record `reference.layer`, whose operands, in their order, options and results these are."""
-    x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, kept, weight_hr = operands
-    extras = (h_mask, kept, weight_hr)
+    x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias, lengths, h_mask, zoneout_mask, weight_hr = operands
+    extras = (h_mask, zoneout_mask, weight_hr)
     regularised = options["zoneout_h"] or options["zoneout_c"] or any(a is not None for a in extras)
     if options["cell"] == "lstm" and not regularised:
         return _lstm(x, h_0, c_0, weight_ih, weight_hh, bias, lengths, options["reverse"])
     weights = (weight_ih, weight_hh, bias, ln_weight, ln_bias, weight_hr)
-    return _scan(x, h_0, c_0, lengths, h_mask, kept, weights, **options)
+    return _scan(x, h_0, c_0, lengths, h_mask, zoneout_mask, weights, **options)
 
 
 def _lstm(
@@ -68,7 +68,7 @@ def _scan(
     c_0: Tensor,
     lengths: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     weights: Sequence[Tensor | None],
     reverse: bool,
     **options: Any,
@@ -81,16 +81,16 @@ def _scan(
     if lengths is not None:
         t = torch.arange(x.shape[0], dtype=lengths.dtype, device=lengths.device)
         valid = (t.unsqueeze(1) < lengths).unsqueeze(2)
-    given = [None if a is None else a.flip(0) if reverse else a for a in (x, valid, kept)]
+    given = [None if a is None else a.flip(0) if reverse else a for a in (x, valid, zoneout_mask)]
     constants = (h_mask, *weights)
 
     def body(h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Only what is there is handed over: a scan takes no None, and would make a constant of what the body closes
         # over.
         values = iter(others)
-        x_t, valid_t, kept_t, mask, *own = (None if a is None else next(values) for a in (*given, *constants))
+        x_t, valid_t, zoneout_mask_t, mask, *own = (None if a is None else next(values) for a in (*given, *constants))
         assert x_t is not None
-        y_t, h, c = reference.advance(x_t, h, c, valid_t, mask, kept_t, own, **options)
+        y_t, h, c = reference.advance(x_t, h, c, valid_t, mask, zoneout_mask_t, own, **options)
         # No result of the body may share memory with another.
         return h, c, y_t.clone()
 

@@ -64,7 +64,7 @@ def advance(
     c: Tensor,
     valid: Tensor | None,
     h_mask: Tensor | None,
-    kept: Tensor | None,
+    zoneout_mask: Tensor | None,
     weights: Sequence[Any],
     *,
     zoneout_h: float,
@@ -79,15 +79,15 @@ def advance(
         c: [B, H] cell state.
         valid: [B, 1] bool, whether the row has this step; None: all have.
         h_mask: [B, P], or None.
-        kept: [B, P] uint8, or None.
+        zoneout_mask: [B, P] uint8, or None.
         weights: those of `step`, in its order.
         zoneout_h: share of h that is kept.
         zoneout_c: share of c that is kept.
         **options: those of `step`.
     """
     h_next, c_next = step(x, h if h_mask is None else h * h_mask, c, *weights, **options)
-    if kept is not None:
-        h_next, c_next = torch.where(kept & 1 != 0, h, h_next), torch.where(kept & 2 != 0, c, c_next)
+    if zoneout_mask is not None:
+        h_next, c_next = torch.where(zoneout_mask & 1 != 0, h, h_next), torch.where(zoneout_mask & 2 != 0, c, c_next)
     elif zoneout_h or zoneout_c:
         h_next, c_next = torch.lerp(h_next, h, zoneout_h), torch.lerp(c_next, c, zoneout_c)
     if valid is None:
@@ -107,7 +107,7 @@ def layer(
     ln_bias: Tensor,
     lengths: Tensor | None = None,
     h_mask: Tensor | None = None,
-    kept: Tensor | None = None,
+    zoneout_mask: Tensor | None = None,
     weight_hr: Tensor | None = None,
     *,
     eps: float,
@@ -122,8 +122,8 @@ def layer(
     A row whose length is reached keeps its h and c, and its outputs are zero. `reverse` walks from the last step to
     the first, so a row with a length begins at its own last step. Recurrent dropout: h meets weight_hh as h · h_mask,
     the same in every step (Gal and Ghahramani 2016). Zoneout: a step's c and h keep the values of the step before
-    where their bit of `kept` is set, or, without `kept`, in the proportions zoneout_h and zoneout_c; h is made from
-    the c that the step would have had without (Krueger et al. 2017).
+    where their bit of `zoneout_mask` is set, or, without one, in the proportions zoneout_h and zoneout_c; h is made
+    from the c that the step would have had without (Krueger et al. 2017).
 
     Args:
         x: [T, B, I] input.
@@ -136,7 +136,7 @@ def layer(
         ln_bias: [N·H] β of the same.
         lengths: [B] integers, the number of valid steps of each row, or None.
         h_mask: [B, P] mask of recurrent dropout, with the factor that makes up for what is dropped, or None.
-        kept: [T, B, P] uint8 masks of zoneout, or None; bit 0: h keeps its value, bit 1: c does (then P must be H).
+        zoneout_mask: [T, B, P] uint8, or None; bit 0: h keeps its value, bit 1: c does (then P must be H).
         weight_hr: [P, H] projection, or None.
         eps: ε of the layer normalisations.
         gate_gain: constant factor on NovoLSTM's input gate.
@@ -159,5 +159,7 @@ def layer(
     y = [h_0] * x.shape[0]
     for t in reversed(range(x.shape[0])) if reverse else range(x.shape[0]):
         valid = None if lengths is None else (t < lengths).unsqueeze(1)
-        y[t], h, c = advance(x[t], h, c, valid, h_mask, None if kept is None else kept[t], weights, **options)
+        y[t], h, c = advance(
+            x[t], h, c, valid, h_mask, None if zoneout_mask is None else zoneout_mask[t], weights, **options
+        )
     return torch.stack(y), h, c

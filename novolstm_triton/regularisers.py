@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def dropout_mask(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:
+def draw_dropout_mask(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:
     """Return factors on h: 0 with the given probability, else 1/(1 − probability), so that the mean is 1.
 
     Args:
@@ -22,7 +22,7 @@ def dropout_mask(shape: Sequence[int], probability: float, like: Tensor) -> Tens
     return torch.bernoulli(torch.empty(shape, dtype=like.dtype, device=like.device), keep).div_(keep)
 
 
-def zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.device) -> Tensor:
+def draw_zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.device) -> Tensor:
     """Return which units keep their value in which step: uint8, bit 0 for h, bit 1 for c.
 
     Args:

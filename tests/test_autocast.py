@@ -5,8 +5,8 @@ import torch
 
 from novolstm_triton import LSTM, NovoLSTM
 
-from .layers import REGULARISED, assert_equal, both, layer, sequence, states
-from .twins import BACKENDS, differentiate, running_on
+from .support.layers import REGULARISED, assert_equal, both, layer, sequence, states
+from .support.twins import BACKENDS, differentiate, running_on
 
 sixteen_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 

@@ -7,9 +7,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from .layers import REGULARISED, assert_equal, both, layer, sequence, states
-from .problems import errors
-from .twins import BACKENDS, differentiate, running_on
+from .support.layers import REGULARISED, assert_equal, both, layer, sequence, states
+from .support.problems import errors
+from .support.twins import BACKENDS, differentiate, running_on
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 

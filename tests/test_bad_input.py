@@ -31,8 +31,8 @@ from novolstm_triton import (
 from novolstm_triton.functional import lstm, novolstm
 from novolstm_triton.testing import cooperative
 
-from .layers import B, H, I, T, both
-from .problems import INPUTS, Problem
+from .support.layers import B, H, I, T, both
+from .support.problems import INPUTS, Problem
 
 NAN = math.nan
 HUGE = 10**400

@@ -86,7 +86,7 @@ def test_suite_measures_time_memory_and_first_call(tmp_path):
     for passes in ("forward", "forward_backward"):
         us_per_step = short[f"{passes}_us_per_step"]
         assert short[f"{passes}_tokens_per_s"] == pytest.approx(16 / us_per_step * 1e6)
-        assert 0 < short[f"{passes}_floor_fraction"] < 2
+        assert 0 < short[f"{passes}_roofline_fraction"] < 2
     assert long["first_call_s"] > 0
     # x, y, dy-sized buffers at the least: T·B·H fp32 values each.
     assert long["peak_mib"] > 128 * 16 * 128 * 4 / 2**20

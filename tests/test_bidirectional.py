@@ -9,8 +9,8 @@ from novolstm_triton import NovoLSTM, launch, plan
 from novolstm_triton.functional import novolstm
 from novolstm_triton.testing import cooperative
 
-from .problems import Problem, assert_as_exact_as_eager
-from .test_triton import ROOMY, SELF_VALIDATING
+from .support.interpreted import ROOMY, SELF_VALIDATING
+from .support.problems import Problem, assert_as_exact_as_eager
 
 
 @pytest.fixture

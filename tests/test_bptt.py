@@ -11,7 +11,7 @@ from novolstm_triton import functional
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
-from .problems import INPUTS, RESULTS, Problem, assert_as_exact_as_eager
+from .support.problems import INPUTS, RESULTS, Problem, assert_as_exact_as_eager
 
 VARIANTS = tuple(CELLS)
 NORMALISED = tuple(name for name in CELLS if CELLS[name].normalised)

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import (
 
 from novolstm_triton import bptt
 
-from .layers import REGULARISED, both, layer, sequence, states
-from .twins import running_on
+from .support.layers import REGULARISED, both, layer, sequence, states
+from .support.twins import running_on
 
 LENGTHS = torch.tensor([5, 0, 3])
 

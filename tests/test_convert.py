@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from novolstm_triton import LSTM, NovoLSTM, convert_model
 
-from .twins import NO_ONEDNN
+from .support.twins import NO_ONEDNN
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from novolstm_triton import LSTM, NovoLSTM
 
-from .layers import H, I, T, layer, sequence
+from .support.layers import H, I, T, layer, sequence
 
 STEPS, ROWS, WORLD = 6, 4, 2
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from novolstm_triton import LSTM
 
-from .layers import REGULARISED, B, T, both, layer, sequence, states
+from .support.layers import REGULARISED, B, T, both, layer, sequence, states
 
 ANY = Dim.DYNAMIC
 

@@ -18,8 +18,8 @@ from torch.func import (
 )
 from torch.utils._pytree import tree_leaves
 
-from .layers import REGULARISED, B, H, T, both, layer, sequence
-from .twins import running_on
+from .support.layers import REGULARISED, B, H, T, both, layer, sequence
+from .support.twins import running_on
 
 # PyTorch makes its own derivatives of forward mode with what this warning forbids.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

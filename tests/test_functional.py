@@ -11,7 +11,7 @@ from novolstm_triton import launch, plan, use_backend
 from novolstm_triton.functional import novolstm, resolve_backend
 from novolstm_triton.testing import cooperative
 
-from .problems import INPUTS, Problem, errors
+from .support.problems import INPUTS, Problem, errors
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BACKENDS = ("reference", "torch", "triton")

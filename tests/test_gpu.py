@@ -14,7 +14,7 @@ import torch
 from novolstm_triton import plan
 from novolstm_triton.isolated import CallError, Isolated
 
-from .problems import Problem
+from .support.problems import Problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

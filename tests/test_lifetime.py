@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from novolstm_triton import LSTMCell, NovoLSTMCell, launch, plan, use_backend
 from novolstm_triton.testing import cooperative
 
-from .layers import REGULARISED, B, H, I, T, assert_equal, both, layer, sequence, states
-from .seeded_faults import ROOMY
-from .twins import BACKENDS, differentiate, running_on
+from .support.interpreted import ROOMY
+from .support.layers import REGULARISED, B, H, I, T, assert_equal, both, layer, sequence, states
+from .support.twins import BACKENDS, differentiate, running_on
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 ROOT = pathlib.Path(__file__).resolve().parents[1]

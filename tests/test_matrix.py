@@ -15,7 +15,7 @@ from novolstm_triton import NovoLSTM, reference
 from novolstm_triton.cells import CELLS, VARIANTS
 from novolstm_triton.recurrent import State
 
-from .twins import NO_ONEDNN, assert_close, differentiate, lstm_like, running_on
+from .support.twins import NO_ONEDNN, assert_close, differentiate, lstm_like, running_on
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 

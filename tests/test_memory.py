@@ -8,7 +8,7 @@ import torch
 from novolstm_triton import NovoLSTM, plan
 from novolstm_triton.testing import cooperative
 
-from .problems import Problem
+from .support.problems import Problem
 
 
 def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> tuple[int, torch.Tensor]:

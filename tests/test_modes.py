@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from novolstm_triton import functional, use_backend
 from novolstm_triton.functional import resolve_backend
 
-from .layers import REGULARISED, I, T, assert_equal, both, layer, sequence, states
-from .twins import BACKENDS, assert_close, differentiate, running_on
+from .support.layers import REGULARISED, I, T, assert_equal, both, layer, sequence, states
+from .support.twins import BACKENDS, assert_close, differentiate, running_on
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 

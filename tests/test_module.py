@@ -11,8 +11,8 @@ from torch import nn
 
 from novolstm_triton import LSTM, NovoLSTM, regularisers
 
-from .layers import B, H, I, T, both, layer, sequence
-from .twins import NO_ONEDNN, differentiate
+from .support.layers import B, H, I, T, both, layer, sequence
+from .support.twins import NO_ONEDNN, differentiate
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
@@ -128,7 +128,7 @@ MASKED = {"recurrent_dropout": (2, B, H), "zoneout_h": (T, B, 2 * H), "zoneout_c
 @both
 def test_masks_are_drawn_once_per_layer_and_call_in_training(kind, option, shape, monkeypatch):
     drawn = []
-    for name in ("dropout_mask", "zoneout_mask"):
+    for name in ("draw_dropout_mask", "draw_zoneout_mask"):
         draw = getattr(regularisers, name)
         recording = lambda *a, draw=draw: drawn.append(draw(*a)) or drawn[-1]  # noqa: E731
         monkeypatch.setattr(f"novolstm_triton.module.{name}", recording)

@@ -6,8 +6,8 @@ from torch import nn
 
 from novolstm_triton import NovoLSTM
 
-from .layers import B, H, I, T, both, layer, sequence, states
-from .twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, pair, running_on
+from .support.layers import B, H, I, T, both, layer, sequence, states
+from .support.twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, pair, running_on
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 

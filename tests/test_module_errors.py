@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from novolstm_triton import NovoLSTM
 
-from .layers import B, H, I, T, both
+from .support.layers import B, H, I, T, both
 
 MESSAGES = (RuntimeError, ValueError, TypeError, AttributeError)
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from novolstm_triton import LSTM, NovoLSTM
 
-from .layers import T, both, layer, sequence, states
+from .support.layers import T, both, layer, sequence, states
 
 LAYERS = [
     pytest.param(LSTM, dict(num_layers=2, bidirectional=True), id="lstm"),

@@ -6,7 +6,7 @@ import pytest
 
 from novolstm_triton.testing import GridError
 
-from .seeded_faults import BOUNDED, ONE, PLAIN, TWO, mutated, source_of
+from .support.seeded_faults import BOUNDED, ONE, PLAIN, TWO, mutated, source_of
 
 NAMES = ("forward", "backward", "exchange")
 SYNCHRONISATION = re.compile(r"^\s+(arrive\(|wait\(|arrivals \+= |tl\.debug_barrier|tl\.atomic_add)")

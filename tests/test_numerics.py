@@ -11,13 +11,13 @@ from novolstm_triton import plan
 from novolstm_triton.problems import INPUTS, RESULTS, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
-from .numerics import (
+from .support.interpreted import ROOMY
+from .support.numerics import (
     CASES,
     DRIFT_BACKENDS,
     DRIFT_BOUND,
     DRIFT_COLUMNS,
     DTYPES,
-    ROOMY,
     ROWS,
     Exact,
     drift,
@@ -25,7 +25,7 @@ from .numerics import (
     flat,
     measure,
 )
-from .pages import DRIFT, NUMERICS, read_rows
+from .support.pages import DRIFT, NUMERICS, read_rows
 
 TABLE = {row[:4]: row[4:] for row in read_rows(NUMERICS)}
 SHOULD = [(name, cell, dtype) for name, cell, backend, dtype in ROWS if backend == "torch"]

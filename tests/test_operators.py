@@ -6,7 +6,7 @@ import torch
 from novolstm_triton import functional
 from novolstm_triton.testing import cooperative
 
-from .problems import Problem
+from .support.problems import Problem
 
 PROBLEMS = [
     Problem(steps=2, batch=2, hidden=3),

@@ -101,7 +101,13 @@ def test_sdist_builds_the_same_wheel_and_brings_the_tests(source, wheel, tmp_pat
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     unpacked = tmp_path / path.name.removesuffix(".tar.gz")
-    files = ("tests/seeded_faults.py", "tests/data/README.md", "bench/compile_report.py", "mkdocs.yml", "docs/index.md")
+    files = (
+        "tests/support/seeded_faults.py",
+        "tests/data/README.md",
+        "bench/compile_report.py",
+        "mkdocs.yml",
+        "docs/index.md",
+    )
     for name in (*files, "kernels/README.md"):
         assert (unpacked / name).is_file(), name
     build = [sys.executable, "-c", code.format("wheel"), str(tmp_path)]

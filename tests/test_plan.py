@@ -12,7 +12,7 @@ from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
-from .problems import Problem
+from .support.problems import Problem
 
 DEVICES = [plan.H100, plan.H200, plan.B200, plan.A100, plan.RTX_4090, plan.MI300X, plan.INTERPRETER]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -8,11 +8,12 @@ import torch
 from novolstm_triton import launch, plan
 from novolstm_triton.testing import cooperative
 
-from .pages import DEVICES as DEVICE_TABLE
-from .pages import PROTOCOLS as PROTOCOL_TABLE
-from .pages import device_row, protocol_row, read_rows
-from .plan_space import DEVICES, Protocol, flaws, protocol, survey
-from .seeded_faults import BOUNDED, FAULTS, ROOMY, TWO, mutated
+from .support.interpreted import ROOMY
+from .support.pages import DEVICES as DEVICE_TABLE
+from .support.pages import PROTOCOLS as PROTOCOL_TABLE
+from .support.pages import device_row, protocol_row, read_rows
+from .support.plan_space import DEVICES, Protocol, flaws, protocol, survey
+from .support.seeded_faults import BOUNDED, FAULTS, TWO, mutated
 
 ROWS = {
     Protocol(kernel == "backward", exchange, int(exchanges), sums == "yes"): (kernel, exchange, exchanges, sums, waits)

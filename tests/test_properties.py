@@ -8,9 +8,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .calls import ALL, EXACT, LAYOUTS, Call, Drawn, for_calls, tensors_of
-from .ordered import ordered
-from .problems import FLOORS, assert_as_exact_as_eager
+from .support.calls import ALL, EXACT, LAYOUTS, Call, Drawn, for_calls, tensors_of
+from .support.ordered import ordered
+from .support.problems import FLOORS, assert_as_exact_as_eager
 
 FEW = {"reference": 25, "torch": 40, "triton": 3}
 

@@ -67,9 +67,9 @@ def test_exchanges_and_pins_tell_rows_apart():
 
 
 def test_table_has_a_column_for_what_was_measured_only():
-    rows = report.merged([row(forward_us_per_step=1234.5, forward_floor_fraction=0.256), row(batch=1, peak_mib=0.5)])
+    rows = report.merged([row(forward_us_per_step=1234.5, forward_roofline_fraction=0.256), row(batch=1, peak_mib=0.5)])
     head, _, *lines = report.table(rows).splitlines()
-    assert head == "| T | B | I | H | layer | forward µs/step | floor, forward | peak MiB |"
+    assert head == "| T | B | I | H | layer | forward µs/step | roofline, forward | peak MiB |"
     assert lines == [
         "| 64 | 1 | 128 | 128 | torch fp32 | – | – | 0.5 |",
         "| 64 | 16 | 128 | 128 | torch fp32 | 1,230 | 26% | – |",

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from .pages import FAULTS as FAULT_TABLE
-from .pages import fault_row, read_rows
-from .seeded_faults import BOTH, FAULTS, LENGTHS, NAN_WORDS, ONE, ONE_WORDS, PLAIN, TILES, TWO, WORDS
+from .support.pages import FAULTS as FAULT_TABLE
+from .support.pages import fault_row, read_rows
+from .support.seeded_faults import BOTH, FAULTS, LENGTHS, NAN_WORDS, ONE, ONE_WORDS, PLAIN, TILES, TWO, WORDS
 
 CASES = (TWO, ONE, PLAIN, TILES, BOTH, LENGTHS, WORDS, ONE_WORDS, NAN_WORDS)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, detach_state, reference
 from novolstm_triton.cells import LAYER_NORMS, VARIANTS, novolstm_cell
 
-from .twins import BACKENDS, assert_close, copied, differentiate, running_on
+from .support.twins import BACKENDS, assert_close, copied, differentiate, running_on
 
 T, B, I, H = 7, 3, 4, 6
 M = TypeVar("M", bound=nn.Module)

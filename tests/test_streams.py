@@ -10,7 +10,7 @@ from novolstm_triton import launch, plan
 from novolstm_triton.streams import one_ahead
 from novolstm_triton.testing import cooperative
 
-from .problems import Problem, assert_as_exact_as_eager
+from .support.problems import Problem, assert_as_exact_as_eager
 
 
 class Streams:

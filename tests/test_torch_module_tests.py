@@ -17,7 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from novolstm_triton import LSTM
 
-from .twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, lstm_like, running_on
+from .support.twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, lstm_like, running_on
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 

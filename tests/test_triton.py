@@ -12,10 +12,10 @@ from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 from novolstm_triton.testing import cooperative
 
-from .problems import INPUTS, Problem, assert_as_exact_as_eager, errors
+from .support.interpreted import ROOMY, SELF_VALIDATING
+from .support.problems import INPUTS, Problem, assert_as_exact_as_eager, errors
 
 # A device on which every tiling fits and many programs are resident together.
-ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
 
 SLICES, HIDDEN, BATCH, STEPS = (1, 2, 4, 8), (1, 7, 64, 100, 257), (1, 5, 33), (1, 2, 9, 40)
 
@@ -83,7 +83,6 @@ def test_sixteen_bit_dtypes(dtype, slices, variant):
 
 
 # Buffers in which words tell by their own bits whether they have arrived: no access to them is ordered by another.
-SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr", "late_ring_ptr")
 
 
 @pytest.mark.parametrize("variant", ["lstm", "formula", "notebook", "notebook_all"])

@@ -16,8 +16,9 @@ from novolstm_triton.testing import cooperative
 from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import Key
 
+from .support.interpreted import ROOMY
+
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)
-ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
 KEY = Key(256, 16, "bf16", "formula", "forward")
 RIGHT = {"y": (0.5, 1.0)}
 

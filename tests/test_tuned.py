@@ -16,7 +16,7 @@ from novolstm_triton.plan import Pins
 from novolstm_triton.testing import cooperative
 from novolstm_triton.tuned import Entry, Key, PlanFile, TunedPlans
 
-from .problems import Problem, assert_as_exact_as_eager
+from .support.problems import Problem, assert_as_exact_as_eager
 
 GPU = plan.Device("some GPU", "cuda", 90, multiprocessors=64, smem_bytes=232448)
 CHOICES = dict(slices=8, block_b=32, resident=True, exchange="barrier")

@@ -15,8 +15,8 @@ from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
 from novolstm_triton.testing import cooperative
 
+from .interpreted import ROOMY, SELF_VALIDATING
 from .problems import INPUTS, RESULTS, Problem
-from .seeded_faults import ROOMY, SELF_VALIDATING
 
 EXACT = (torch.float32, torch.float64)
 ALL = (*EXACT, torch.bfloat16, torch.float16)

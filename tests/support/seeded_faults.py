@@ -19,13 +19,12 @@ from novolstm_triton import functional, launch, plan
 from novolstm_triton.kernels import backward, exchange, forward
 from novolstm_triton.testing import GridError, cooperative
 
+from .interpreted import ROOMY, SELF_VALIDATING
 from .problems import Problem, assert_as_exact_as_eager
 
 SOURCES = {module.__name__.rpartition(".")[2]: module for module in (forward, backward, exchange, launch)}
 USERS = {"forward": [launch], "backward": [launch], "exchange": [forward, backward], "launch": []}
 
-ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
-SELF_VALIDATING = ("row_ring_ptr", "h_ring_ptr", "dz_ptr", "late_ring_ptr")
 
 _COPIES = itertools.count()
 

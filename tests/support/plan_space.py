@@ -26,8 +26,8 @@ from novolstm_triton.plan import Device, KernelPlan, Pins
 from novolstm_triton.testing import cooperative
 from novolstm_triton.testing.happens_before import Memory
 
+from .interpreted import ROOMY, SELF_VALIDATING
 from .problems import Problem
-from .seeded_faults import ROOMY, SELF_VALIDATING
 
 DEVICES = (plan.A100, plan.H100, plan.H200, plan.B200, plan.RTX_4090, plan.MI300X)
 

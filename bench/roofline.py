@@ -1,4 +1,4 @@
-"""The modelled floor of a step of an LSTM-like layer: what the latencies and bandwidths of a device leave possible.
+"""The modelled roofline of a step of an LSTM-like layer: what the latencies and bandwidths of a device leave possible.
 
 A step of a persistent kernel is a chain: h is gathered from the other slices, multiplied by the weights that stay on
 chip, summed over warps, put through the gates, and published. Each link takes the larger of its latency and its bytes
@@ -160,7 +160,7 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Slicing:
-    """How the programs share a step; the fields of `novolstm_triton.plan.KernelPlan` that the floor depends on."""
+    """How the programs share a step; the fields of `novolstm_triton.plan.KernelPlan` that the roofline depends on."""
 
     slices: int
     block_b: int = 16
@@ -208,7 +208,7 @@ def exchange_us(gpu: Gpu, slicing: Slicing) -> float:
 def recurrence_terms(
     cell: Cell, sizes: Sizes, slicing: Slicing, gpu: Gpu, *, backward: bool = False
 ) -> dict[str, float]:
-    """Return the links of one step of the recurrence, in µs; their sum is the step's floor.
+    """Return the links of one step of the recurrence, in µs; their sum is the step's roofline.
 
     Args:
         cell: the cell.
@@ -329,7 +329,7 @@ def step_us(*args, **kwargs) -> float:
 
 
 def cpu_step_us(cell: Cell, sizes: Sizes, cpu: Cpu, *, backward: bool = False) -> float:
-    """Return the floor of a step on a CPU in µs; with `backward`, of forward and backward together.
+    """Return the roofline of a step on a CPU in µs; with `backward`, of forward and backward together.
 
     The larger of the products' operations at the rate of a large product, and the recurrent weights read once a step.
     """
@@ -384,7 +384,7 @@ def with_measured(gpu: Gpu, measured: Mapping[str, float | dict[int, float]]) ->
 
 
 def best_slicing(cell: Cell, sizes: Sizes, gpu: Gpu) -> Slicing:
-    """Return the slicing whose forward floor is least, with either exchange: what a layer without a plan is held to."""
+    """Return the slicing of the least forward roofline, with either exchange: for a layer that has no plan."""
     slicings = [Slicing(1, block_b, "none") for block_b in (16, 32, 64)]
     for slices in (2, 4, 8, 16, 32, 64, 96, 128):
         if slices <= min(gpu.multiprocessors, sizes.hidden):
@@ -393,7 +393,7 @@ def best_slicing(cell: Cell, sizes: Sizes, gpu: Gpu) -> Slicing:
 
 
 def of_plan(cell: Cell, sizes: Sizes, gpu: Gpu | None, plans: Mapping | None, *, backward: bool) -> float | None:
-    """Return the floor of a step in µs under a layer's plan, or under the best slicing where it has none.
+    """Return the roofline of a step in µs under a layer's plan, or under the best slicing where it has none.
 
     Args:
         cell: the cell.

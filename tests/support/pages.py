@@ -1,6 +1,6 @@
 """Writes the tables of docs/verification from what the checks find.
 
-In a checkout: `python -m tests.pages` for all of them, or with the names of some.
+In a checkout: `python -m tests.support.pages` for all of them, or with the names of some.
 """
 
 import os
@@ -8,7 +8,7 @@ import pathlib
 import re
 import sys
 
-FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "verification"
+FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "verification"
 
 FAULTS, DEVICES, PROTOCOLS = "seeded-faults", "devices", "protocols"
 NUMERICS, DRIFT = "numerics", "drift"

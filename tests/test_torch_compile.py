@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, detach_state, plan, use_backend
 
-from .layers import REGULARISED, B, H, I, assert_equal, both, layer, sequence, states
-from .twins import assert_close, differentiate, running_on
+from .support.layers import REGULARISED, B, H, I, assert_equal, both, layer, sequence, states
+from .support.twins import assert_close, differentiate, running_on
 
 # Dynamo itself does what these warnings of PyTorch's forbid.
 pytestmark = [

@@ -14,8 +14,7 @@ from novolstm_triton.cells import CELLS
 from novolstm_triton.problems import FLOORS, INPUTS, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
-ROOMY = plan.Device("roomy", "cuda", 90, multiprocessors=64, smem_bytes=2**40)
-"""A device on which every tiling fits."""
+from .interpreted import ROOMY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("torch", "triton")
