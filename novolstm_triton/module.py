@@ -14,7 +14,6 @@ from novolstm_triton.cells import novolstm_cell
 from novolstm_triton.checks import check_dense, is_share
 from novolstm_triton.functional import resolve_backend
 from novolstm_triton.recurrent import (
-    PARAMETERS,
     LSTMFunction,
     NovoLSTMFunction,
     Recurrent,
@@ -97,6 +96,7 @@ class RecurrentLayer(Recurrent):
         for layer in range(num_layers):
             features = input_size if layer == 0 else directions * output_size
             shapes = parameter_shapes(cell, features, hidden_size, bias, proj_size)
+            self._parameter_names = tuple(shapes)
             for suffix in self._suffixes(layer):
                 for name, shape in shapes.items():
                     parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -109,12 +109,13 @@ class RecurrentLayer(Recurrent):
     @property
     def all_weights(self) -> list[list[Tensor]]:
         """The parameters of each layer and direction, in the order in which they are registered."""
-        weights = []
-        for layer in range(self.num_layers):
-            for suffix in self._suffixes(layer):
-                names = (name + suffix for name in PARAMETERS)
-                weights.append([getattr(self, name) for name in names if hasattr(self, name)])
-        return weights
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _all_weights(self) -> list[list[str]]:
+        """Their names."""
+        suffixes = (suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer))
+        return [[name + suffix for name in self._parameter_names] for suffix in suffixes]
 
     def forward(
         self,
@@ -152,10 +153,11 @@ class RecurrentLayer(Recurrent):
         x = input if batched else input.unsqueeze(1)
         if batched and self.batch_first:
             x = x.transpose(0, 1)
-        self._check_input(x)
+        weights = self._read_weights()
+        self._check_input(x, weights[0][0]["weight_ih"])
         if hx is not None:
             hx = self._check_state(hx, x, batched)
-        y, (h_n, c_n) = self._run(x, hx, lengths)
+        y, (h_n, c_n) = self._run(x, hx, lengths, weights)
         if not batched:
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
@@ -211,33 +213,44 @@ class RecurrentLayer(Recurrent):
         sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=cpu)).sum(0)
         valid = (torch.arange(steps, device=cpu).unsqueeze(1) < sorted_lengths).to(data.device)
         x = data.new_zeros(steps, batch, data.shape[1]).masked_scatter(valid.unsqueeze(2), data)
-        self._check_input(x)
+        weights = self._read_weights()
+        self._check_input(x, weights[0][0]["weight_ih"])
         if hx is not None:
             hx = self._check_state(hx, x, True)
             hx = hx if sorted_indices is None else (hx[0][:, sorted_indices], hx[1][:, sorted_indices])
-        y, (h_n, c_n) = self._run(x, hx, sorted_lengths)
+        y, (h_n, c_n) = self._run(x, hx, sorted_lengths, weights)
         if unsorted_indices is not None:
             h_n, c_n = h_n[:, unsorted_indices], c_n[:, unsorted_indices]
         return PackedSequence(y[valid], batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
 
-    def _run(self, x: Tensor, hx: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+    def _read_weights(self) -> list[list[dict[str, Any]]]:
+        """Return the functions' weights for each layer and, in it, direction."""
+        return [[layer_weights(self, suffix) for suffix in self._suffixes(k)] for k in range(self.num_layers)]
+
+    def _run(
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Any]]]
+    ) -> tuple[Tensor, State]:
         """Run all layers over x [T, B, I], with everything checked."""
         h_n, c_n, directions = [], [], 2 if self.bidirectional else 1
-        for layer in range(self.num_layers):
+        for layer, own in enumerate(weights):
             if layer > 0 and self.dropout > 0:
                 x = nn.functional.dropout(x, self.dropout, self.training)
             states = slice(layer * directions, (layer + 1) * directions)
             h, c = (None, None) if hx is None else (hx[0][states], hx[1][states])
-            x, h, c = self._run_layer(layer, x, h, c, lengths)
+            x, h, c = self._run_layer(x, h, c, lengths, own)
             h_n.append(h)
             c_n.append(c)
         return x, (torch.cat(h_n), torch.cat(c_n))
 
     def _run_layer(
-        self, layer: int, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, lengths: Tensor | None
+        self,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        lengths: Tensor | None,
+        weights: list[dict[str, Any]],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
-        weights = [layer_weights(self, suffix) for suffix in self._suffixes(layer)]
         (steps, batch, _), directions = x.shape, len(weights)
         h_mask, zoneout_mask = None, None
         options: dict[str, Any] = dict(lengths=lengths, backend=self.backend)
@@ -266,10 +279,8 @@ class RecurrentLayer(Recurrent):
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]
 
-    def _check_input(self, x: Tensor) -> None:
-        """Check x [T, B, I]."""
-        # nn.Module declares its attributes as modules, too.
-        weight: Any = self.weight_ih_l0
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        """Check x [T, B, I] for the first layer's weight_ih."""
         if not same_dtype(x, weight):
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "

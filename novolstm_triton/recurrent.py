@@ -13,12 +13,12 @@ from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm
 State = tuple[Tensor, Tensor]
 """(h, c)."""
 
-PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "ln_weight", "ln_bias")
-"""Names of a cell's parameters, in the order of registration; not every cell has them all."""
-
 
 class Recurrent(nn.Module):
     """A module around a cell, whose parameters it holds. Not to be used itself."""
+
+    _parameter_names: tuple[str, ...]
+    """Names of the cell's parameters without suffix, in the order of registration."""
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool, backend: str) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class NovoLSTMFunction(Recurrent):
 def parameter_shapes(
     cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a cell's parameters by their names without suffix, for an input of so many features."""
+    """Return the shapes of a cell's parameters by their names without suffix, in the order of their registration."""
     blocks = CELLS[cell]
     gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
     shapes: dict[str, tuple[int, ...]] = {
@@ -124,10 +124,14 @@ def parameter_shapes(
     return shapes
 
 
-def layer_weights(module: nn.Module, suffix: str) -> dict[str, Any]:
-    """Return the parameters with a suffix, the two biases added, as the functions' keyword arguments."""
-    # Read once: a parametrization computes the weight, or draws it, at every look.
-    weights = {name: w for name in PARAMETERS if (w := getattr(module, name + suffix, None)) is not None}
+def layer_weights(module: Recurrent, suffix: str) -> dict[str, Any]:
+    """Return the parameters with a suffix, the two biases added, as the functions' keyword arguments.
+
+    Every parameter is read once, and a call reads none elsewhere: a parametrization computes, or draws, its weight at
+    every look. That is also why no default is given to `getattr`, with which torch.compile looks twice.
+    """
+    read = {name: getattr(module, name + suffix) for name in module._parameter_names}
+    weights = {name: w for name, w in read.items() if w is not None}
     bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
     if bias is not None and recurrent is not None:
         missing = bias.shape[0] - recurrent.shape[0]

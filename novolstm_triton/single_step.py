@@ -28,8 +28,6 @@ from novolstm_triton.recurrent import (
 class SingleCell(Recurrent):
     """What `NovoLSTMCell` and `LSTMCell` have in common: nn.LSTMCell's surface around a cell. Not to be used itself."""
 
-    weight_ih: nn.Parameter
-
     def __init__(
         self,
         cell: str,
@@ -41,7 +39,9 @@ class SingleCell(Recurrent):
         backend: str,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, backend)
-        for name, shape in parameter_shapes(cell, input_size, hidden_size, bias=True).items():
+        shapes = parameter_shapes(cell, input_size, hidden_size, bias=True)
+        self._parameter_names = tuple(shapes)
+        for name, shape in shapes.items():
             # A cell without biases has the attributes all the same, as None.
             absent = name.startswith("bias_") and not bias
             parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -69,8 +69,9 @@ class SingleCell(Recurrent):
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         h_0, c_0 = (None, None) if hx is None else self._check_state(hx, batched)
-        self._check(x, h_0, c_0)
-        _, h, c = self._call(x.unsqueeze(0), h_0, c_0, layer_weights(self, ""), backend=self.backend)
+        weights = layer_weights(self, "")
+        self._check(x, h_0, c_0, weights["weight_ih"])
+        _, h, c = self._call(x.unsqueeze(0), h_0, c_0, weights, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_state(self, hx: Any, batched: bool) -> State:
@@ -85,12 +86,12 @@ class SingleCell(Recurrent):
         h_0, c_0 = (state if batched else state.unsqueeze(0) for state in hx)
         return h_0, c_0
 
-    def _check(self, x: Tensor, *states: Tensor | None) -> None:
-        """Check sizes, devices and dtypes of x [B, I] and the states [B, H], each perhaps None."""
+    def _check(self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weight: Tensor) -> None:
+        """Check sizes, devices and dtypes of x [B, I] and the states [B, H], each perhaps None, for weight_ih."""
         rows, features = x.shape
         if features != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {features} expected {self.input_size}")
-        for position, state in enumerate(states):
+        for position, state in enumerate((h_0, c_0)):
             if state is None:
                 continue
             if state.shape[0] != rows:
@@ -101,16 +102,16 @@ class SingleCell(Recurrent):
                 raise RuntimeError(
                     f"hidden{position} has inconsistent hidden_size: got {state.shape[1]}, expected {self.hidden_size}"
                 )
-        check_device(x, "parameter", self.weight_ih)
-        named = (("the input", x), ("hx[0]", states[0]), ("hx[1]", states[1]))
+        check_device(x, "parameter", weight)
+        named = (("the input", x), ("hx[0]", h_0), ("hx[1]", c_0))
         for name, tensor in named:
             if tensor is None:
                 continue
             check_device(x, "hidden", tensor)
-            if not same_dtype(tensor, self.weight_ih):
+            if not same_dtype(tensor, weight):
                 raise RuntimeError(
                     f"mat1 and mat2 must have the same dtype, but got {scalar_type(tensor)} and "
-                    f"{scalar_type(self.weight_ih)}: the dtypes of {name} and of the parameters"
+                    f"{scalar_type(weight)}: the dtypes of {name} and of the parameters"
                 )
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from novolstm_triton import LSTM, NovoLSTM
+from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell
 
 from .support.layers import T, both, layer, sequence, states
 
@@ -95,13 +96,43 @@ class Counted(nn.Module):
 
     def forward(self, weight):
         self.looks += 1
-        return weight
+        return weight * 1
+
+
+CALLED = {
+    "lstm": lambda: LSTM(4, 6),
+    "lstm-stacked-bidirectional": lambda: LSTM(4, 6, num_layers=2, bidirectional=True),
+    "lstm-projected": lambda: LSTM(4, 6, proj_size=2),
+    "formula-without-bias": lambda: NovoLSTM(4, 6, bias=False),
+    "notebook-all-bidirectional": lambda: NovoLSTM(4, 6, bidirectional=True, variant="notebook", layer_norm="all"),
+    "lstm-cell": lambda: LSTMCell(4, 6),
+    "formula-cell-without-bias": lambda: NovoLSTMCell(4, 6, bias=False),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("make", CALLED.values(), ids=CALLED)
+def test_every_parametrization_is_computed_once_per_call(make, compiled):
+    module = make()
+    names = [name for name, _ in module.named_parameters()]
+    for name in names:
+        parametrize.register_parametrization(module, name, Counted())
+    torch._dynamo.reset()
+    call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    x = sequence()
+    x = x[0] if isinstance(module, (LSTMCell, NovoLSTMCell)) else x
+    # The first call traces.
+    for _ in range(2):
+        for counted in module.parametrizations.values():
+            counted[0].looks = 0
+        call(x)
+        assert {name: module.parametrizations[name][0].looks for name in names} == dict.fromkeys(names, 1)
 
 
 @both
-def test_parametrization_is_computed_once_per_call(kind):
+def test_every_parametrization_is_computed_once_per_packed_call(kind):
     module, counted = layer(kind), Counted()
-    parametrize.register_parametrization(module, "weight_hh_l0", counted)
+    parametrize.register_parametrization(module, "weight_ih_l0", counted)
     counted.looks = 0
-    module(sequence())
+    module(pack_padded_sequence(sequence(), torch.tensor([5, 3, 1])))
     assert counted.looks == 1
