@@ -1,10 +1,11 @@
 """What layers and single cells have in common as modules: parameters, options, checks, and the call of a function."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, check_finite
@@ -30,6 +31,21 @@ class Recurrent(nn.Module):
         self.hidden_size = hidden_size
         self.bias = bias
         self.backend = backend
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, as `nn.Module` does; given a proxy of torch.fx, record the call as one node.
+
+        Tracers of torch.fx take only modules of torch.nn whole, and trace into all others. Here and not in `forward`,
+        because hooks belong to the module that the node calls: they must not run while tracing.
+        """
+        tracer = _fx_tracer((*args, *kwargs.values()))
+        if tracer is None:
+            return super().__call__(*args, **kwargs)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, record, args, kwargs)
 
     def reset_parameters(self) -> None:
         """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
@@ -137,6 +153,16 @@ def layer_weights(module: Recurrent, suffix: str) -> dict[str, Any]:
         missing = bias.shape[0] - recurrent.shape[0]
         bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
     return weights | {"bias": bias}
+
+
+def _fx_tracer(values: Iterable[Any]) -> Tracer | None:
+    """Return the tracer of a proxy among arguments and the states in them, if there is one."""
+    for value in values:
+        if isinstance(value, Proxy):
+            return value.tracer if isinstance(value.tracer, Tracer) else None
+        if isinstance(value, (tuple, list)) and (tracer := _fx_tracer(value)) is not None:
+            return tracer
+    return None
 
 
 def check_positive(**sizes: Any) -> None:

@@ -114,19 +114,19 @@ CALLED = {
 @pytest.mark.parametrize("make", CALLED.values(), ids=CALLED)
 def test_every_parametrization_is_computed_once_per_call(make, compiled):
     module = make()
-    names = [name for name, _ in module.named_parameters()]
-    for name in names:
-        parametrize.register_parametrization(module, name, Counted())
+    counters = {name: Counted() for name, _ in module.named_parameters()}
+    for name, counted in counters.items():
+        parametrize.register_parametrization(module, name, counted)
     torch._dynamo.reset()
     call = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     x = sequence()
     x = x[0] if isinstance(module, (LSTMCell, NovoLSTMCell)) else x
     # The first call traces.
     for _ in range(2):
-        for counted in module.parametrizations.values():
-            counted[0].looks = 0
+        for counted in counters.values():
+            counted.looks = 0
         call(x)
-        assert {name: module.parametrizations[name][0].looks for name in names} == dict.fromkeys(names, 1)
+        assert {name: counted.looks for name, counted in counters.items()} == dict.fromkeys(counters, 1)
 
 
 @both
