@@ -237,7 +237,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--h-mask", action="store_true", help="and with recurrent dropout")
     parser.add_argument("--zoneout", choices=("none", "masks", "average"), default="none", help="and with zoneout")
     parser.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
-    parser.add_argument("--exchange", choices=planning.EXCHANGES, help="the plan's own choice unless given")
+    parser.add_argument(
+        "--exchange",
+        choices=(*planning.EXCHANGES, planning.RACY),
+        help=f"the plan's own choice unless given; {planning.RACY!r} can be compiled here and runs nowhere",
+    )
     parser.add_argument("--exchanges", type=int, choices=(1, 2), help="of a step of backward, likewise")
     parser.add_argument("--warps", type=int, help="per program, likewise")
     parser.add_argument("--split-k", action=argparse.BooleanOptionalAction, help="among the warps, likewise")
@@ -256,8 +260,14 @@ def main() -> int:
     grid = itertools.product(
         arguments.kernel, arguments.arch, arguments.hidden, arguments.batch, arguments.dtype, arguments.cell
     )
-    pins = planning.Pins(exchange=arguments.exchange, exchanges=arguments.exchanges, num_warps=arguments.warps)
-    pins = dataclasses.replace(pins, max_spins=arguments.max_spins, split_k=arguments.split_k)
+    pins = planning.Pins(
+        exchange=arguments.exchange,
+        exchanges=arguments.exchanges,
+        num_warps=arguments.warps,
+        max_spins=arguments.max_spins,
+        split_k=arguments.split_k,
+        allow_races=True,
+    )
     options = WalkOptions(arguments.lengths, arguments.h_mask, arguments.zoneout)
     cases = [Case(*sizes, options, arguments.directions, pins) for sizes in grid]
     print(f"triton {triton.__version__}, {len(cases)} kernels")

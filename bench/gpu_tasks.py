@@ -64,7 +64,6 @@ def all_tasks(flashrnn: bool = False) -> list[Task]:
         check("exact", 40, 5, 100, "fp32", core=True, lengths=True, reverse=True),
         check("exact", 33, 33, 256, "fp16", core=True, cell="notebook", lengths=True),
         check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="words")),
-        check("exact", 24, 20, 256, "bf16", core=True, pins=dict(exchange="cluster")),
         check("repeat", 256, 16, 512, "bf16", core=True),
         check("graph", 64, 16, 512, "bf16", core=True, inputs_size=512),
         check("nosync", 64, 16, 512, "bf16", core=True, inputs_size=512),
@@ -85,7 +84,7 @@ def grid_steps(hidden: int, batch: int) -> int:
 
 def grid_entries(hidden: int, flashrnn: bool) -> list[Task]:
     """Return the layers timed at every size: the plan's own choice, every exchange that could be one, and others'."""
-    exchanges = ["barrier", "words"] + (["cluster"] if hidden <= 1024 else []) + (["none"] if hidden <= 512 else [])
+    exchanges = ["barrier", "words"] + (["none"] if hidden <= 512 else [])
     entries = [entry("novolstm", "bf16"), *(entry("novolstm", "bf16", exchange=name) for name in exchanges), *LIBRARY]
     return entries + ([entry("flashrnn", "bf16")] if flashrnn else [])
 

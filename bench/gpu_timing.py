@@ -98,8 +98,7 @@ def prepared(task: Task, device: str, announce: Callable[[str], None], prepare: 
             if unusable(device):
                 raise
             traceback.print_exc()
-            refused = isinstance(error, ValueError) or str(error).startswith("exchange=")
-            reason = f"refused: {error}" if refused else f"{type(error).__name__}: {error}"
+            reason = f"refused: {error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             failures.append(dict(row_head(task, entry), error=reason))
     return ready, failures
 

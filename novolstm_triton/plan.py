@@ -63,9 +63,14 @@ MI300X = Device("MI300X", "hip", "gfx942", 304, 65536, warp_size=64)
 INTERPRETER = Device("interpreter", "interpreter", "cpu", 1, 2**40)
 """Triton's interpreter: it runs one program after another, so programs cannot wait for each other."""
 
-EXCHANGES = ("none", "barrier", "words", "cluster")
-"""How hidden slices exchange data: a single slice does not; a counter barrier, the default; self-validating words; a
-single slice that a cluster of thread blocks computes together, through each other's shared memory."""
+EXCHANGES = ("none", "barrier", "words")
+"""How hidden slices exchange data: a single slice does not; a counter barrier, the default; self-validating words."""
+
+RACY = "cluster"
+"""A single slice that a cluster of thread blocks computes together, through each other's shared memory: refused.
+
+Only pins with `allow_races` take it, to see what compilers make of it.
+"""
 
 CLUSTERS = (2, 4, 8, 16)
 """Thread blocks that a cluster may have: eight everywhere, sixteen where the driver allows the non-portable size."""
@@ -141,6 +146,8 @@ class Pins:
     chunk: int | None = None
     max_spins: int | None = None
     device: Device | None = None
+    allow_races: bool = False
+    """Take exchange="cluster", which `forced` refuses: for compilers, and the interpreter, which has no clusters."""
 
     def __post_init__(self) -> None:
         """Check each value by itself."""
@@ -154,7 +161,12 @@ class Pins:
         for name in ("resident", "split_k", "overlap"):
             if not isinstance(value := getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name}: expected a bool, got {reprlib.repr(value)}")
-        if self.exchange is not None and self.exchange not in EXCHANGES:
+        if self.exchange == RACY and not self.allow_races:
+            raise ValueError(
+                f"exchange: expected one of {list(EXCHANGES)}, got {RACY!r}, which is refused: Triton 3.9.0 reads the "
+                "shared memory of other thread blocks after a barrier of one block only, which is a race"
+            )
+        if self.exchange not in (None, *EXCHANGES, RACY):
             raise ValueError(f"exchange: expected one of {list(EXCHANGES)}, got {reprlib.repr(self.exchange)}")
         if self.ctas is not None and self.ctas not in (1, *CLUSTERS):
             raise ValueError(f"ctas: expected one of {[1, *CLUSTERS]}, got {self.ctas}")
@@ -193,9 +205,9 @@ def forced(
         block_b: rows per batch tile, a power of two ≥ 16.
         block_k: units of h per tile of the K loop, a power of two ≥ 16.
         resident: keep the recurrent weights in shared memory (True) or stream them from L2 (False).
-        exchange: "none" (one slice), "barrier", "words" (resident weights only), or "cluster" (resident weights, NVIDIA
-            compute capability 9.0 or newer, Triton 3.9 or newer).
-        ctas: thread blocks per cluster, 2, 4, 8 or 16 with exchange="cluster"; 1 with any other.
+        exchange: "none" (one slice), "barrier", or "words" (resident weights only). "cluster" is refused: its kernels
+            have a race as Triton 3.9.0 compiles them (kernels/README.md).
+        ctas: thread blocks per cluster; 1, as long as clusters are refused.
         exchanges: exchanges per step of NovoLSTM's backward with several slices, 2, or 1: companion products
             (kernels/README.md) save the second one. Its forward needs two, the plain LSTM one.
         num_warps: warps per program, a power of two from 1 to 32.
@@ -387,14 +399,14 @@ def candidates(
     """
     _check_arguments(hidden, batch, dtype, device, cell, directions, pins)
     _check_pins(hidden, device, pins)
-    if pins.exchange == "cluster":
+    if pins.exchange == RACY:
         _check_cluster(hidden, device, pins)
     elif pins.ctas not in (None, 1):
-        raise ValueError(f"ctas={pins.ctas} needs exchange='cluster', got {pins.exchange!r}")
+        raise ValueError(f"ctas: expected 1, got {pins.ctas}: only a cluster has several thread blocks")
     itemsize = dtype.itemsize
     fitting, least_smem = [], None
     residencies = (True, False) if pins.resident is None else (pins.resident,)
-    if pins.exchange in ("words", "cluster"):
+    if pins.exchange in ("words", RACY):
         residencies = (True,)
     blocks_b = (16, 32, 64) if pins.block_b is None else (pins.block_b,)
     # Whoever pins a tile gets it, though it may spill.
@@ -478,7 +490,7 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
                 f"slices={pins.slices}: slices wait for each other and must be resident together, and "
                 f"{device.name} holds {device.multiprocessors}"
             )
-        if pins.exchange not in (None, "cluster") and (pins.exchange == "none") != (pins.slices == 1):
+        if pins.exchange not in (None, RACY) and (pins.exchange == "none") != (pins.slices == 1):
             wanted = "'none'" if pins.slices == 1 else "'barrier' or 'words'"
             raise ValueError(f"exchange={pins.exchange!r}: slices={pins.slices} needs {wanted}")
     elif pins.exchange in ("barrier", "words") and (hidden == 1 or device.multiprocessors == 1):
@@ -491,7 +503,7 @@ def _check_pins(hidden: int, device: Device, pins: Pins) -> None:
             f"num_warps={pins.num_warps}: a program has at most 1024 threads, and {device.name} has "
             f"{device.warp_size} in a warp"
         )
-    if pins.exchange in ("words", "cluster") and pins.resident is False:
+    if pins.exchange in ("words", RACY) and pins.resident is False:
         raise ValueError(f"exchange={pins.exchange!r} needs the weights on chip, and resident=False streams them")
 
 
@@ -519,7 +531,7 @@ class _Slicing(NamedTuple):
 
 def _slicings(hidden: int, device: Device, pins: Pins) -> Iterator[_Slicing]:
     """Yield what the pins and the device's residency allow."""
-    if pins.exchange == "cluster":
+    if pins.exchange == RACY:
         for ctas in CLUSTERS if pins.ctas is None else (pins.ctas,):
             if _tile(hidden) >= 16 * ctas:
                 yield _Slicing(1, hidden, _tile(hidden), ctas)
@@ -653,7 +665,7 @@ def _candidate(
         parts=parts,
         in_flight=in_flight,
         resident=resident,
-        exchange="cluster" if ctas > 1 else "none" if slices == 1 else pins.exchange or "barrier",
+        exchange=RACY if ctas > 1 else "none" if slices == 1 else pins.exchange or "barrier",
         ctas=ctas,
         exchanges=exchanges,
         tiles=tiles,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -188,13 +189,26 @@ def test_large_batches_run_forward_in_tiles_of_a_warp_group(hidden, batch):
 
 
 class TestCluster:
+    PINS: ClassVar[dict[str, Any]] = dict(exchange=plan.RACY, allow_races=True)
+
+    def test_is_refused_for_its_race(self):
+        words = r"expected one of .*, got 'cluster', which is refused: .* a race"
+        with pytest.raises(ValueError, match=words):
+            plan.Pins(exchange="cluster")
+        with pytest.raises(ValueError, match=words), plan.forced(exchange="cluster"):
+            pass
+
+    def test_is_no_choice_of_the_plan(self):
+        for p in (k for hidden in (64, 256, 512) for k in kernel_plans(hidden, 16, torch.bfloat16, plan.H200)):
+            assert (p.exchange in plan.EXCHANGES, p.ctas) == (True, 1)
+
     def test_shares_out_the_weights(self):
-        launch = plan.plan(512, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster"))
+        launch = plan.plan(512, 16, torch.bfloat16, plan.H200, pins=plan.Pins(**self.PINS))
         assert (launch.forward.exchange, launch.forward.slices, launch.forward.ctas) == ("cluster", 1, 16)
         assert launch.forward.smem_bytes < plan.H200.smem_bytes < 5 * 512 * 512 * 2
 
     def test_takes_the_pinned_size(self):
-        launch = plan.plan(256, 16, torch.bfloat16, plan.H200, pins=plan.Pins(exchange="cluster", ctas=4))
+        launch = plan.plan(256, 16, torch.bfloat16, plan.H200, pins=plan.Pins(**self.PINS, ctas=4))
         assert launch.forward.ctas == launch.backward.ctas == 4
 
     @pytest.mark.parametrize(
@@ -204,12 +218,12 @@ class TestCluster:
             (256, plan.MI300X, {}, "compute capability 9.0"),
             (256, plan.H200, dict(slices=2), "slices=2: a cluster is a single slice"),
             (256, plan.H200, dict(ctas=1), "ctas=1: exchange='cluster' needs one of"),
-            (256, plan.H200, dict(exchange="barrier", ctas=4), "ctas=4 needs exchange='cluster', got 'barrier'"),
+            (256, plan.H200, dict(exchange="barrier", ctas=4), "ctas: expected 1, got 4: only a cluster"),
             (256, plan.H200, dict(resident=False), "needs the weights on chip"),
             (64, plan.H200, dict(ctas=16), "16 thread blocks need hidden > 128, got 64"),
             (2048, plan.H200, {}, "no plan for hidden=2048 fits H200"),
         ],
     )
-    def test_is_refused(self, hidden, device, pins, words):
+    def test_does_not_fit(self, hidden, device, pins, words):
         with pytest.raises(ValueError, match=words):
-            plan.plan(hidden, 16, torch.bfloat16, device, pins=plan.Pins(**(dict(exchange="cluster") | pins)))
+            plan.plan(hidden, 16, torch.bfloat16, device, pins=plan.Pins(**(self.PINS | pins)))

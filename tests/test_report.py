@@ -88,7 +88,7 @@ def test_plot_varies_one_size_and_fixes_the_others():
 def test_command_writes_table_plots_and_reasons(saved):
     rows = [row(hidden=h, batch=b, forward_us_per_step=1.0 * h) for h in (64, 128) for b in (1, 16)]
     rows += [row(steps=t, peak_mib=t / 8) for t in (64, 128)]
-    rows.append(row("novolstm") | dict(pins=dict(exchange="cluster"), error="refused: no\nclusters"))
+    rows.append(row("novolstm") | dict(pins=dict(exchange="words"), error="refused: no\nplan"))
     path = saved(of_gpu(rows))
     command = [sys.executable, "-m", "bench.report", str(path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -97,7 +97,7 @@ def test_command_writes_table_plots_and_reasons(saved):
     assert all(p.read_bytes().startswith(PNG) for p in written[1:])
     text = written[0].read_text()
     assert "# NVIDIA H200" in text
-    assert "- novolstm fp32 cluster, T 64, B 16, H 128: refused: no clusters" in text
+    assert "- novolstm fp32 words, T 64, B 16, H 128: refused: no plan" in text
     assert all(f"({p.name})" in text for p in written[1:])
 
 

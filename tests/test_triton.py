@@ -198,7 +198,8 @@ def test_bad_numbers_end_and_show(exchange, exchanges, bad, value):
 def test_cluster(variant):
     """One program to the interpreter, whose exchanges are the compiler's: what is left is the arithmetic."""
     problem = Problem(steps=4, batch=3, hidden=40, cell=variant, lengths=True)
-    with cooperative(0, poison=True), plan.forced(device=plan.H200, exchange="cluster"):
+    pins = plan.Pins(device=plan.H200, exchange=plan.RACY, allow_races=True)
+    with cooperative(0, poison=True), plan.in_force(pins):
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
             with pytest.raises(RuntimeError, match="needs Triton 3\\.9 or newer"):
                 problem.run("triton", torch.float32)

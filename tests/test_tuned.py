@@ -249,6 +249,9 @@ def changed(*path, value=None, remove=False):
         ),
         pytest.param(changed("entries", 0, "choices", "exchange", value="x"), ENTRY + "exchange: ", id="exchange"),
         pytest.param(
+            changed("entries", 0, "choices", "exchange", value="cluster"), ENTRY + "exchange: .* a race", id="cluster"
+        ),
+        pytest.param(
             changed("entries", 0, "choices", "exchange", value="none"), ENTRY + "exchange='none'", id="contradiction"
         ),
         pytest.param(
