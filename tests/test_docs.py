@@ -78,3 +78,16 @@ def test_names_of_the_package_exist(path):
         fields = getattr(described, "__dataclass_fields__", {})
         for member in re.findall(r"\w+", options.partition(" members:")[2].partition("filters:")[0]):
             assert member in fields or hasattr(described, member), f"{name}.{member}"
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    """MkDocs checks those of the pages alone, and of a file that they include no more than the included part."""
+    for target in re.findall(r"\]\((?!\w+://)([^)#\s]+)[^)]*\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_anchors_of_the_readme_exist():
+    for file, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", (ROOT / "README.md").read_text()):
+        headings = re.findall(r"^#+ (.*)$", (ROOT / (file or "README.md")).read_text(), flags=re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
