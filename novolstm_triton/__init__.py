@@ -1,9 +1,9 @@
 """Recurrent layers for PyTorch whose kernels run a whole sequence on the GPU: NovoLSTM, and the plain LSTM.
 
 `NovoLSTM` and `LSTM` are modules, called like `torch.nn.LSTM`, `NovoLSTMCell` and `LSTMCell` their single steps;
-`functional` has the functions under them; `detach_state` cuts the history of a state; `convert_model` puts this
-package's layers into a model in place of its `nn.LSTM`s; `use_backend` chooses a backend for a block of code; `plan`
-decides how the Triton kernels are launched.
+`TorchLSTM` is an `LSTM` that is an instance of `nn.LSTM`; `functional` has the functions under them; `detach_state`
+cuts the history of a state; `convert_model` puts this package's layers into a model in place of its `nn.LSTM`s, and
+back; `use_backend` chooses a backend for a block of code; `plan` decides how the Triton kernels are launched.
 """
 
 from novolstm_triton import functional, plan
@@ -11,6 +11,7 @@ from novolstm_triton.convert import convert_model
 from novolstm_triton.functional import use_backend
 from novolstm_triton.module import LSTM, NovoLSTM, detach_state
 from novolstm_triton.single_step import LSTMCell, NovoLSTMCell
+from novolstm_triton.torch_lstm import TorchLSTM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "LSTMCell",
     "NovoLSTM",
     "NovoLSTMCell",
+    "TorchLSTM",
     "convert_model",
     "detach_state",
     "functional",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from novolstm_triton import pytorch
 from novolstm_triton.checks import check_finite, check_int
 from novolstm_triton.files import check_path, check_regular, strict_json
 from novolstm_triton.module import NovoLSTM
@@ -59,7 +60,7 @@ def _check_arguments(cell: str, hidden: int, layers: int, options: Mapping[str, 
 
 
 def _recurrent(cell: str, hidden: int, layers: int, options: Mapping[str, Any]) -> NovoLSTM | nn.LSTM:
-    return NovoLSTM(hidden, hidden, layers, **options) if cell == "novolstm" else nn.LSTM(hidden, hidden, layers)
+    return NovoLSTM(hidden, hidden, layers, **options) if cell == "novolstm" else pytorch.LSTM(hidden, hidden, layers)
 
 
 def save_model(model: ByteModel, path: str | os.PathLike[str]) -> None:

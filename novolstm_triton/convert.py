@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from novolstm_triton import pytorch
 from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+from novolstm_triton.torch_lstm import TorchLSTM
 
 TARGETS = ("lstm", "novolstm")
 """What `convert_model` can make of an LSTM."""
@@ -34,12 +36,12 @@ L = TypeVar("L", bound=nn.Module)
 
 def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
     """Do what `LSTM.from_torch` says."""
-    _check_source(source, (nn.LSTM,), "nn.LSTM")
+    _check_source(source, (pytorch.LSTM,), "nn.LSTM")
     check_fixed(options, _FIXED, "the nn.LSTM")
     weights = _weights(source)
     if own := _own_code(source):
         raise ValueError(f"lstm: expected an nn.LSTM, got {type(source).__name__}, which has {own} of its own")
-    return _finished(_empty(cls, source, options), source, _copies(weights))
+    return _finished(_empty(cls, source, _our_options(source) | dict(options)), source, _copies(weights))
 
 
 def lstm_to_torch(source: LSTM) -> nn.LSTM:
@@ -47,7 +49,7 @@ def lstm_to_torch(source: LSTM) -> nn.LSTM:
     for name in _REGULARISERS:
         if value := getattr(source, name):
             raise ValueError(f"{name}: expected 0, because nn.LSTM has none, got {value}")
-    target = _finished(_empty(nn.LSTM, source, {}), source, _copies(_weights(source)))
+    target = _finished(_empty(pytorch.LSTM, source, {}), source, _copies(_weights(source)))
     # On a GPU cuDNN wants the weights in one piece of memory.
     target.flatten_parameters()
     return target
@@ -55,11 +57,10 @@ def lstm_to_torch(source: LSTM) -> nn.LSTM:
 
 def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Mapping[str, Any]) -> NovoLSTM:
     """Do what `NovoLSTM.from_lstm` says."""
-    _check_source(source, (nn.LSTM, LSTM), "nn.LSTM or LSTM")
+    _check_source(source, (pytorch.LSTM, LSTM), "nn.LSTM or LSTM")
     check_fixed(options, _FIXED, "the LSTM")
     weights = _weights(source)
-    if isinstance(source, LSTM):
-        options = {name: getattr(source, name) for name in (*_REGULARISERS, "backend")} | dict(options)
+    options = _our_options(source) | dict(options)
     like = weights["weight_ih_l0"]
     sizes = {name: getattr(source, name) for name in _SIZES}
     target = cls(source.input_size, source.hidden_size, **sizes, device=like.device, dtype=like.dtype, **options)
@@ -219,7 +220,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     seen = set()
 
     def walk(parent: nn.Module | None, name: str, path: str, module: nn.Module, within_ddp: bool) -> Iterator[_Place]:
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, RecurrentLayer)):
+        if isinstance(module, (pytorch.RNNBase, pytorch.RNNCellBase, RecurrentLayer)):
             yield _Place(parent, name, path, module, within_ddp)
         if id(module) in seen:
             return
@@ -240,9 +241,9 @@ def _reason(place: _Place, to: str, users: Mapping[int, int]) -> str | None:
         return "is one already"
     if isinstance(module, NovoLSTM):
         return "computes something else than an LSTM"
-    if isinstance(module, nn.RNNCellBase):
+    if isinstance(module, pytorch.RNNCellBase):
         return "a cell, which takes single steps"
-    if not isinstance(module, (nn.LSTM, LSTM)):
+    if not isinstance(module, (pytorch.LSTM, LSTM)):
         return "no LSTM"
     if (difference := _difference(module)) is not None:
         return difference
@@ -276,7 +277,7 @@ def _difference(module: nn.Module) -> str | None:
 
 def _own_code(module: nn.Module) -> str:
     """Return names of what a subclass, or the instance, defines and nn.LSTM or LSTM has otherwise; "" for none."""
-    bases = {nn.LSTM, LSTM}
+    bases = {pytorch.LSTM, LSTM, TorchLSTM}
     own = {"forward"} & vars(module).keys()
     for cls in type(module).__mro__:
         if cls in bases:
@@ -334,6 +335,11 @@ def _finished(target: L, source: Any, parameters: Mapping[str, nn.Parameter]) ->
     # Not by the constructor, which would repeat nn.LSTM's warning about dropout after a single layer.
     target.dropout = source.dropout
     return target.train(source.training)
+
+
+def _our_options(source: nn.LSTM | LSTM) -> dict[str, Any]:
+    """Return the options that an LSTM of this library has beside nn.LSTM's."""
+    return {name: getattr(source, name) for name in (*_REGULARISERS, "backend")} if isinstance(source, LSTM) else {}
 
 
 def _described(module: nn.Module) -> str:

@@ -76,21 +76,12 @@ class RecurrentLayer(Recurrent):
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
             raise ValueError("proj_size has to be smaller than hidden_size")
-        if not is_share(recurrent_dropout) or recurrent_dropout == 1:
-            raise ValueError(f"recurrent_dropout: expected a number in range [0, 1), got {recurrent_dropout!r}")
-        for name, share in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
-            if not is_share(share):
-                raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
-        if proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
-            raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
-        self.recurrent_dropout = float(recurrent_dropout)
-        self.zoneout_h = float(zoneout_h)
-        self.zoneout_c = float(zoneout_c)
+        self._set_regularisers(recurrent_dropout, zoneout_h, zoneout_c)
 
         output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
         for layer in range(num_layers):
@@ -191,6 +182,23 @@ class RecurrentLayer(Recurrent):
         time = 1 if self.batch_first and input.dim() == 2 else 0
         y, new_state = self(input.unsqueeze(time), state)
         return y.squeeze(time), new_state
+
+    def _set_regularisers(self, recurrent_dropout: float, zoneout_h: float, zoneout_c: float) -> None:
+        """Keep the options that nn.LSTM has not.
+
+        Raises:
+            ValueError: an option out of range, or one that a projected layer has not.
+        """
+        if not is_share(recurrent_dropout) or recurrent_dropout == 1:
+            raise ValueError(f"recurrent_dropout: expected a number in range [0, 1), got {recurrent_dropout!r}")
+        for name, share in (("zoneout_h", zoneout_h), ("zoneout_c", zoneout_c)):
+            if not is_share(share):
+                raise ValueError(f"{name}: expected a number in range [0, 1], got {share!r}")
+        if self.proj_size and (recurrent_dropout or zoneout_h or zoneout_c):
+            raise ValueError("proj_size: a projected layer has no recurrent_dropout and no zoneout")
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.zoneout_h = float(zoneout_h)
+        self.zoneout_c = float(zoneout_c)
 
     def _defaults(self) -> Iterator[tuple[str, Any]]:
         yield from {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False}.items()

@@ -25,8 +25,7 @@ class Recurrent(nn.Module):
         super().__init__()
         check_bool(bias=bias)
         check_positive(input_size=input_size, hidden_size=hidden_size)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
+        check_backend(backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -179,6 +178,12 @@ def check_bool(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+
+
+def check_backend(backend: Any) -> None:
+    """Raise ValueError unless there is a backend of this name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {list(BACKENDS)}, got {backend!r}")
 
 
 def check_pair(owner: nn.Module, hx: Any) -> None:

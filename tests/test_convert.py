@@ -1,8 +1,6 @@
 """From nn.LSTM to this library's layers and back, alone and in models."""
 
 import copy
-import pathlib
-import sys
 from typing import Any
 
 import pytest
@@ -10,13 +8,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import novolstm_triton
 from novolstm_triton import LSTM, NovoLSTM, convert_model
+from novolstm_triton.bytemodel import ByteModel
 
+from .support.hugging_face import transformers
 from .support.twins import NO_ONEDNN
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 T, B, I, H = 5, 3, 4, 6
 
 SIZES = [
@@ -111,6 +111,21 @@ def test_subclasses_convert_to_themselves():
         pass
 
     assert type(Own.from_lstm(nn.LSTM(I, H))) is Own
+
+
+def test_pytorchs_classes_are_known_by_whatever_name(monkeypatch):
+    torchs, cell = nn.LSTM, nn.LSTMCell
+    theirs = torchs(I, H)
+    # What a program may do before its other imports, so that these build their models of ours.
+    for name in ("LSTM", "LSTMCell", "RNNBase", "RNNCellBase"):
+        monkeypatch.setattr(torch.nn, name, getattr(novolstm_triton, name, nn.Module))
+    ours = LSTM.from_torch(theirs)
+    assert type(ours.to_torch()) is torchs
+    assert type(NovoLSTM.from_lstm(theirs)) is NovoLSTM
+    assert type(ByteModel("lstm", 4, 1).rnn) is torchs
+    converted, report = convert_model(nn.ModuleList([theirs, cell(I, H), nn.Linear(I, H)]), verbose=False)
+    assert type(converted[0]) is LSTM
+    assert [entry.path for entry in report.entries] == ["0", "1"]
 
 
 class Doubled(nn.LSTM):
@@ -347,13 +362,10 @@ def test_model_must_be_a_module():
 @pytest.fixture(scope="module")
 def encodec() -> Any:
     """Return a small audio codec with random weights, whose encoder and decoder each have two layers of LSTM."""
-    with pytest.MonkeyPatch.context() as patch:
-        # transformers would take the checkout's folder `kernels` for the package of that name, which it can use.
-        patch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(ROOT))])
-        from transformers import EncodecConfig, EncodecModel
+    library = transformers()
     torch.manual_seed(0)
     sizes = dict(num_filters=4, hidden_size=16, upsampling_ratios=[4, 2], codebook_size=16, codebook_dim=16)
-    return EncodecModel(EncodecConfig(**sizes, sampling_rate=1600, target_bandwidths=[0.8, 1.6]))
+    return library.EncodecModel(library.EncodecConfig(**sizes, sampling_rate=1600, target_bandwidths=[0.8, 1.6]))
 
 
 def test_encodec_computes_the_same(encodec):
