@@ -27,6 +27,7 @@ def grids(monkeypatch):
     return found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("exchange", "exchanges", "variant"),
     [

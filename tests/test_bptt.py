@@ -58,6 +58,7 @@ def assert_bitwise(results: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(results[name], value), name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reverse", [False, True], ids=["ahead", "reverse"])
 @pytest.mark.parametrize("lengths", [None, [5, 0, 3]], ids=["whole", "lengths"])
 @pytest.mark.parametrize("variant", VARIANTS)

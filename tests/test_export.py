@@ -47,6 +47,7 @@ def exported(module, strict=False):
     return torch.export.load(io.BytesIO(file.getvalue()))
 
 
+@pytest.mark.covering(1)
 @both
 @pytest.mark.parametrize("strict", [False, True], ids=["tracing", "strict"])
 @pytest.mark.parametrize(

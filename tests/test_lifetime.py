@@ -115,6 +115,7 @@ def test_pickle_of_a_layer_is_that_of_its_parameters(kind):
 # --- what is left alone ---
 
 
+@pytest.mark.covering(2)
 @both
 @on_backends
 @pytest.mark.parametrize(
@@ -154,6 +155,7 @@ def flat(results) -> list[Tensor]:
 SHAPES = {"usual": (2, B), "one-step": (1, B), "no-row": (T, 0), "one-of-all": (1, 1)}
 
 
+@pytest.mark.covering(2)
 @both
 @on_backends
 @pytest.mark.parametrize(("steps", "rows"), SHAPES.values(), ids=list(SHAPES))
@@ -187,6 +189,7 @@ def test_results_of_a_cell_share_no_memory(kind, backend):
     assert len(set(places)) == len(places)
 
 
+@pytest.mark.covering(2)
 @both
 @on_backends
 @pytest.mark.parametrize("written", ["y", "h_n", "c_n"])

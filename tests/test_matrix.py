@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import random
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from novolstm_triton import NovoLSTM, reference
 from novolstm_triton.cells import CELLS, VARIANTS
 from novolstm_triton.recurrent import State
 
+from .support.selection import covering
 from .support.twins import NO_ONEDNN, assert_close, differentiate, lstm_like, running_on
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
@@ -173,40 +173,36 @@ def assert_right(case: Case, backend: str, dtype: torch.dtype) -> None:
     assert_close(results, expected(case, dtype, torch.float64), eager)
 
 
-def covering(**more: tuple) -> list:
+def fields(case: Case, **others: Any) -> tuple:
+    """Return what a case is covered by."""
+    return *dataclasses.astuple(case), *others.values()
+
+
+def pairs(dtypes: tuple[str, ...]) -> list:
     """Return cases, with a dtype each, in which every two values of two axes come together at least once."""
-    axes, generator, cases = AXES | more, random.Random(0), []
-
-    def pairs(choice: dict) -> set:
-        return set(itertools.combinations(choice.items(), 2))
-
-    missing = set().union(*(pairs(dict(zip(axes, v, strict=True))) for v in itertools.product(*axes.values())))
-    while missing:
-        choices = [{name: generator.choice(values) for name, values in axes.items()} for _ in range(100)]
-        best = max(choices, key=lambda choice: len(pairs(choice) & missing))
-        missing -= pairs(best)
-        dtype = best.pop("dtype")
-        case = Case(**best)
-        cases.append(pytest.param(case, DTYPES[dtype], id=f"{case}-{dtype}"))
-    return cases
+    product = list(itertools.product(*AXES.values(), dtypes))
+    cases = [(Case(*product[k][:-1]), product[k][-1]) for k in covering(product, 2)]
+    return [pytest.param(case, DTYPES[dtype], id=f"{case}-{dtype}") for case, dtype in cases]
 
 
 PRODUCT = itertools.product(("lstm", *VARIANTS), *list(AXES.values())[1:])
 
 
+@pytest.mark.covering(2, of=fields)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("case", [Case(*values) for values in PRODUCT], ids=str)
 def test_float64(case, backend):
     assert_right(case, backend, torch.float64)
 
 
-@pytest.mark.parametrize(("case", "dtype"), covering(dtype=("fp32", "bf16", "fp16")))
+@pytest.mark.covering(1, of=fields)
+@pytest.mark.parametrize(("case", "dtype"), pairs(("fp32", "bf16", "fp16")))
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_lower_precision(case, dtype, backend):
     assert_right(case, backend, dtype)
 
 
-@pytest.mark.parametrize(("case", "dtype"), covering(dtype=("fp64", "fp32")))
+@pytest.mark.parametrize(("case", "dtype"), pairs(("fp64", "fp32")))
 def test_reference(case, dtype):
     assert_right(case, "reference", dtype)
 

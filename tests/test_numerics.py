@@ -35,6 +35,7 @@ def word(values) -> str:
     return "-".join(values).replace(" ", "_")
 
 
+@pytest.mark.covering(1, of=lambda row: (row[0], row[1:3], row[3]))
 @pytest.mark.parametrize("row", ROWS, ids=word)
 def test_error_is_within_its_bound(row):
     """As the page says, whose numbers another machine's sums change a little."""
@@ -75,6 +76,7 @@ def test_gradient_of_a_norm_does_not_cancel():
     assert all(worst["torch"][name] <= 0.2 * worst["reference"][name] for name in arrays), worst
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "cell", "dtype"), SHOULD, ids=map(word, SHOULD))
 def test_truth_has_a_scale(name, cell, dtype):
     """What is said to be zero is, what is not has numbers to compare with; the eager loop's errors are finite."""
@@ -147,6 +149,7 @@ def run(problem: Problem, where: str, bad: dict, lengths: bool) -> dict[str, tor
     return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("cell", ["lstm", "formula", "notebook_all"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("where", PLACES)
@@ -161,6 +164,7 @@ def test_bad_number_stays_in_its_row(where, value, cell):
             assert torch.equal(found[array][..., others, :], clean[array][..., others, :]), (name, array)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("cell", ["lstm", "formula", "notebook_all"])
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

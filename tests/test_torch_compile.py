@@ -44,6 +44,7 @@ def seeded(module, *args, **options):
     return results | {"generator": torch.random.get_rng_state()}
 
 
+@pytest.mark.covering(1)
 @both
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize(
@@ -206,7 +207,6 @@ def test_on_triton(kind):
 
 
 @both
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")
 def test_inductor(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -15,21 +15,20 @@ from novolstm_triton.testing import cooperative
 from .support.interpreted import ROOMY, SELF_VALIDATING
 from .support.problems import INPUTS, Problem, assert_as_exact_as_eager, errors
 
-# A device on which every tiling fits and many programs are resident together.
-
 SLICES, HIDDEN, BATCH, STEPS = (1, 2, 4, 8), (1, 7, 64, 100, 257), (1, 5, 33), (1, 2, 9, 40)
+QUICK_WORK = 1500
 
 
 def sample_cases(count: int) -> list:
-    """Draw cases that between them use every value of every axis; the largest products would take minutes each."""
+    """Draw cases that between them use every value of every axis, the cheap ones first; the largest take minutes."""
     generator, cases = random.Random(2026), []
     while len(cases) < count:
         hidden, batch, steps = generator.choice(HIDDEN), generator.choice(BATCH), generator.choice(STEPS)
         # The axes' values come round in turn, so that a short sample misses none.
         slices = SLICES[len(cases) % len(SLICES)]
         block_k, resident = generator.choice((None, None, 16, 64)), generator.random() < 0.7
-        blocks = -(-hidden // (block_k or 64))
-        if slices > hidden or slices * -(-batch // 16) * steps * (20 + blocks * (6 if resident else 12)) > 9000:
+        pins = dict(slices=slices, chunk=max(1, steps // 2), resident=resident, block_k=block_k)
+        if slices > hidden or work(Problem(steps, batch, hidden), pins) > 9000:
             continue
         problem = Problem(
             steps,
@@ -42,17 +41,27 @@ def sample_cases(count: int) -> list:
             zoneout=generator.choice(("none", "none", "masks", "average")),
             seed=len(cases),
         )
-        pins = dict(
-            slices=slices,
-            chunk=max(1, steps // 2),
-            resident=resident,
-            block_k=block_k,
-        )
         name = f"{problem}-S{slices}-{'resident' if pins['resident'] else 'streamed'}"
-        cases.append(pytest.param(problem, pins, id=name))
-    return cases
+        marks = [pytest.mark.exhaustive] if work(problem, pins) > QUICK_WORK else []
+        cases.append(pytest.param(problem, pins, id=name, marks=marks))
+    # Among as good ones a quick run takes the first.
+    return sorted(cases, key=lambda case: work(*case.values))
 
 
+def work(problem, pins) -> int:
+    """Return what a case costs, roughly in operations on tiles."""
+    blocks = -(-problem.hidden // (pins["block_k"] or 64))
+    per_step = 20 + blocks * (6 if pins["resident"] else 12)
+    return pins["slices"] * -(-problem.batch // 16) * problem.steps * per_step
+
+
+def axes(problem, pins) -> tuple:
+    """Return the values that a quick run takes once each."""
+    flags = problem.lengths, problem.reverse, problem.h_mask, problem.zoneout
+    return problem.steps, problem.batch, problem.hidden, problem.cell, *flags, *pins.values()
+
+
+@pytest.mark.covering(1, of=axes)
 @pytest.mark.parametrize(("problem", "pins"), sample_cases(30))
 def test_matches_float64_under_random_schedule(problem, pins):
     with cooperative(problem.seed, poison=True) as report, plan.forced(device=ROOMY, **pins):
@@ -63,19 +72,20 @@ def test_matches_float64_under_random_schedule(problem, pins):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_matches_float64_under_every_policy(seed):
-    problem = Problem(steps=5, batch=18, hidden=20, lengths=True, seed=seed)
-    with cooperative(seed, poison=True) as report, plan.forced(device=ROOMY, slices=4, chunk=2):
+    problem = Problem(steps=3, batch=18, hidden=20, lengths=True, seed=seed)
+    with cooperative(seed, poison=True) as report, plan.forced(device=ROOMY, slices=3, chunk=2):
         result = problem.run("triton", torch.float32)
     assert report.atomics > 0
     assert_as_exact_as_eager(problem, result, torch.float32)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("variant", sorted(CELLS))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("slices", [1, 4])
 def test_sixteen_bit_dtypes(dtype, slices, variant):
     options = dict(h_mask=slices == 4, zoneout=("average", "masks")[slices == 4], lengths=slices == 4)
-    problem = Problem(steps=7, batch=5, hidden=40, cell=variant, **options)
+    problem = Problem(steps=4, batch=5, hidden=40, cell=variant, **options)
     with cooperative(1), plan.forced(device=ROOMY, slices=slices, chunk=3):
         result = problem.run("triton", dtype)
     assert result["y"].dtype == dtype
@@ -85,12 +95,13 @@ def test_sixteen_bit_dtypes(dtype, slices, variant):
 # Buffers in which words tell by their own bits whether they have arrived: no access to them is ordered by another.
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("variant", ["lstm", "formula", "notebook", "notebook_all"])
 @pytest.mark.parametrize("lengths", [False, True], ids=["full", "lengths"])
 @pytest.mark.parametrize("seed", range(4))
 def test_self_validating_words(seed, lengths, variant):
     options = dict(lengths=lengths, reverse=seed % 2 == 1, h_mask=seed == 1, zoneout=("none", "masks")[seed > 1])
-    problem = Problem(steps=5, batch=18, hidden=20, cell=variant, seed=seed, **options)
+    problem = Problem(steps=3, batch=18, hidden=20, cell=variant, seed=seed, **options)
     pins = dict(slices=3, chunk=2, block_k=(16, None)[seed % 2])
     with (
         cooperative(seed, poison=True, self_validating=SELF_VALIDATING) as report,
@@ -104,27 +115,33 @@ def test_self_validating_words(seed, lengths, variant):
 
 @pytest.mark.parametrize(("cell", "exchanges"), [("formula", 1), ("formula", 2), ("lstm", None)])
 @pytest.mark.parametrize("exchange", ["barrier", "words"])
-def test_exact_under_fifty_schedules(exchange, cell, exchanges):
+@pytest.mark.parametrize(
+    "seeds",
+    [pytest.param(range(3), id="few"), pytest.param(range(3, 50), id="others", marks=pytest.mark.exhaustive)],
+)
+def test_exact_under_fifty_schedules(seeds, exchange, cell, exchanges):
     problem = Problem(steps=4, batch=2, hidden=5, cell=cell, lengths=True)
     exempt = SELF_VALIDATING if exchange == "words" else ()
     pins = dict(exchange=exchange, exchanges=exchanges, slices=3, chunk=3)
-    for seed in range(50):
+    for seed in seeds:
         with cooperative(seed, poison=exchange == "barrier", self_validating=exempt), plan.forced(device=ROOMY, **pins):
             result = problem.run("triton", torch.float32)
         assert_as_exact_as_eager(problem, result, torch.float32)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("variant", ["formula", "notebook", "formula_all", "notebook_all"])
 @pytest.mark.parametrize("slices", [2, 4])
 def test_one_exchange_in_backward(slices, variant, dtype):
     options = dict(lengths=slices == 2, reverse=slices == 4, h_mask=slices == 4)
-    problem = Problem(steps=7, batch=18, hidden=40, cell=variant, **options)
+    problem = Problem(steps=4, batch=18, hidden=40, cell=variant, **options)
     with cooperative(slices), plan.forced(device=ROOMY, slices=slices, chunk=3, exchanges=1):
         result = problem.run("triton", dtype)
     assert_as_exact_as_eager(problem, result, dtype)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("variant", sorted(CELLS))
 @pytest.mark.parametrize(("exchange", "exchanges"), [("barrier", 2), ("barrier", 1), ("words", 2)])
 @pytest.mark.parametrize(("hidden", "block_k", "num_warps"), [(64, 64, 4), (52, 32, 2)])
@@ -141,6 +158,7 @@ def test_parts_of_k(hidden, block_k, num_warps, exchange, exchanges, variant):
     assert_as_exact_as_eager(problem, result, torch.bfloat16)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("tiles", [3, 4, 7, 100])
 @pytest.mark.parametrize(("variant", "exchanges"), [("formula", 2), ("formula", 1), ("notebook_all", 2), ("lstm", 2)])
 def test_tiles_in_flight(variant, exchanges, tiles):
@@ -170,6 +188,7 @@ def test_self_validating_words_of_sixteen_bits(dtype):
     assert_as_exact_as_eager(problem, result, dtype)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("exchange", "exchanges"), [("barrier", 2), ("words", 2), ("words", 1)])
 @pytest.mark.parametrize("bad", ["x", "h_0", "c_0", "weight_hh", "dy"])
 @pytest.mark.parametrize("value", ["nan", "inf", "all-ones"])
@@ -229,9 +248,9 @@ def test_plain_interpreter_runs_unpinned():
 
 @pytest.mark.parametrize("slices", [1, 3])
 def test_repeats_bit_for_bit_under_different_schedules(slices):
-    problem, results = Problem(steps=6, batch=20, hidden=24), []
+    problem, results = Problem(steps=4, batch=18, hidden=12), []
     for seed in (0, 1, 2):
-        with cooperative(seed), plan.forced(device=ROOMY, slices=slices, chunk=4):
+        with cooperative(seed), plan.forced(device=ROOMY, slices=slices, chunk=3):
             results.append(problem.run("triton", torch.float32))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in results[0])

@@ -308,6 +308,7 @@ def _untagged(pointers: interpreter.TensorHandle) -> interpreter.TensorHandle:
     return interpreter.TensorHandle(pointers.data & np.uint64((1 << TAG_SHIFT) - 1), pointers.dtype)
 
 
+@functools.lru_cache(maxsize=64)
 def _loop_variable(kernel) -> tuple[tuple[str, str], str] | None:
     """Return the names of a kernel's function and of its first loop's variable, and the function's file."""
     try:

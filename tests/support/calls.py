@@ -228,13 +228,15 @@ def for_calls(*dtypes: torch.dtype, examples: dict[str, int], **options: Any) ->
 
     Args:
         *dtypes: those of the calls.
-        examples: how many calls to draw, by backend.
+        examples: how many calls to draw, by backend; a quick run draws the first fifth of them.
         **options: those of `problems`.
     """
+    cases = [pytest.param(backend, -(-count // 5), id=f"{backend}-few") for backend, count in examples.items()]
+    cases += [pytest.param(*case, id=case[0], marks=pytest.mark.exhaustive) for case in examples.items()]
 
     def decorate(holds: Callable[[Call, st.DataObject], None]) -> Callable:
-        def test(backend: str) -> None:
-            chosen: dict[str, Any] = dict(max_examples=examples[backend])
+        def test(backend: str, most: int) -> None:
+            chosen: dict[str, Any] = dict(max_examples=most)
             if backend == "triton":
                 # Shrinking would take minutes.
                 chosen["phases"] = [Phase.explicit, Phase.generate]
@@ -242,6 +244,6 @@ def for_calls(*dtypes: torch.dtype, examples: dict[str, int], **options: Any) ->
             settings(_SETTINGS, **chosen)(drawn(holds))()
 
         test.__doc__ = holds.__doc__
-        return pytest.mark.parametrize("backend", list(examples))(test)
+        return pytest.mark.parametrize(("backend", "most"), cases)(test)
 
     return decorate
