@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from novolstm_triton import onnx_export, reference
+from novolstm_triton import flops, onnx_export, reference
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, check_finite, is_number, is_share
 from novolstm_triton.plan import Pins, chunk_steps, constant_in_graphs, in_force, pinned
@@ -652,6 +652,9 @@ def _is_jit_tracing() -> bool:
 def _in_transform() -> bool:
     """Return whether a transform of torch.func, like grad or vmap, runs this call."""
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+flops.register_formulas()
 
 
 @forward_op.register_vmap
