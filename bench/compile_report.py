@@ -1,4 +1,4 @@
-"""Compile the kernels of planned layers for real GPUs, on a machine that needs none, and print what the compilers gave.
+"""Compile the kernels of planned layers for real GPUs, on a machine that needs none, and print the outcome.
 
     python bench/compile_report.py --arch sm_80 sm_90 gfx942 --hidden 64 512 --batch 16 --dtype bf16 --json OUT.json
 

@@ -10,7 +10,7 @@ OUT_DIR/<gpu name>.json is written again after every result, so that an early st
                  of forward and of forward_backward; peak_mib, first_call_s, and how; or `error`, a text.
                  `python -m bench.report` makes tables and plots of them
     micro        constants of the roofline, measured on this device (gpu_micro.py)
-    unfinished   what the time did not suffice for
+    unfinished   tasks for which the time did not suffice
 
 A persistent kernel with a bug may spin for ever, or leave CUDA unusable. Therefore this process never touches the GPU:
 it hands tasks, one by one, to a worker process, kills a worker that falls silent and goes on with a new one. Meanwhile

@@ -7,7 +7,7 @@
 
 The first call trains the model on the sources of Python's standard library, half a minute on one CPU core, and keeps it
 in a folder; later calls read it. A folder that `novolstm train` wrote will do, too. A byte costs the same however much
-text came before it, of which nothing is kept but the state.
+text came before it, because only the state is kept of that text.
 """
 
 import codecs
@@ -31,7 +31,7 @@ class Stream:
     """A text that grows at its end, and what a model makes of it so far.
 
     Args:
-        model: a trained model. Instead of an nn.LSTM in it, its counterpart is used, which can take single steps.
+        model: a trained model. An nn.LSTM in it is replaced by its counterpart here, which can take single steps.
         seed: of the bytes that are drawn.
     """
 
@@ -67,7 +67,7 @@ def model_in(folder: Path, steps: int, hidden: int, text: list[Path]) -> ByteMod
     """
     if not (folder / MODEL).exists():
         settings = {"steps": steps, "hidden": hidden, "text": tuple(map(str, text))}
-        # What the training says is no part of the text.
+        # The messages of the training are not part of the text.
         with contextlib.redirect_stdout(sys.stderr):
             code = train(settings, out=folder)
         if code:
@@ -77,12 +77,12 @@ def model_in(folder: Path, steps: int, hidden: int, text: list[Path]) -> ByteMod
 
 def main(
     prompt: Annotated[
-        str | None, typer.Argument(help="Text to continue. Left out, it is read from standard input.")
+        str | None, typer.Argument(help="Text to continue; read from standard input if left out.")
     ] = None,
     length: Annotated[int, typer.Option(min=0, help="Bytes to write.")] = 400,
     temperature: Annotated[float, typer.Option(min=0.01, help="Below 1: likelier bytes, above: wilder ones.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of what is written.")] = 0,
-    folder: Annotated[Path, typer.Option(help="Where the model is, or is to be.")] = Path("novolstm-run-bytes"),
+    folder: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("novolstm-run-bytes"),
     steps: Annotated[int, typer.Option(min=1, help="Updates of a new model's weights.")] = 300,
     hidden: Annotated[int, typer.Option(min=1, help="Units of a new model.")] = 128,
     text: Annotated[

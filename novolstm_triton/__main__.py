@@ -78,7 +78,7 @@ def train_command(
         typer.Option(
             metavar="DIR",
             help="Continue the run in DIR exactly where it stopped, with its settings. --steps may be raised; "
-            "--text, --backend and --device may name the same thing anew.",
+            "--text, --backend and --device may be given anew.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that --out holds.")] = False,
@@ -126,7 +126,7 @@ def train_command(
 
     Without options: on the sources of Python's standard library, on the GPU if there is one, in about one minute on
     two CPU cores. Runs under `torchrun --nproc-per-node=N -m novolstm_triton train …`, too. Ctrl-C stops after the
-    step at hand and saves; --resume continues.
+    current step and saves; --resume continues.
     """
     values = dict(steps=steps, hidden=hidden, layers=layers, batch=batch, seq=seq, lr=lr, seed=seed, dtype=dtype)
     values |= dict(device=device, backend=backend, cell=cell, variant=variant, max_bytes=max_bytes)
@@ -145,7 +145,7 @@ def tune_command(
     batch: Annotated[str, typer.Option(metavar="B,...", help="Rows of the layers.")] = "16",
     dtype: Annotated[str, typer.Option(metavar="DTYPE,...", help=f"Among {', '.join(tuned.DTYPES)}.")] = "bf16",
     cell: Annotated[str, typer.Option(metavar="CELL,...", help=f"Any of {', '.join(CELL_NAMES)}.")] = "formula",
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File of plans; one that is there is gone on with.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File of plans; an existing one is continued.")] = Path(
         "novolstm-plans.json"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Time steps of a timed call.")] = 256,
@@ -156,9 +156,9 @@ def tune_command(
 ) -> int:
     """Measure plans on this machine's GPU and write the fastest to a file.
 
-    Every plan is checked against the torch backend before it is timed. The file is written after each size, and the
-    command goes on with a file that is there. Plans are looked up in it with NOVOLSTM_PLANS=FILE in the environment, or
-    after novolstm_triton.tuned.load(FILE).
+    Every plan is checked against the torch backend before it is timed. The file is written after each size; an
+    existing one is continued. To use its plans, set NOVOLSTM_PLANS=FILE in the environment or call
+    novolstm_triton.tuned.load(FILE).
     """
     wanted = list(
         tune.keys(
@@ -194,7 +194,7 @@ def doctor_command(
     """Say what would run here for a layer and why, and check it against the reference.
 
     Prints versions, devices, the backend, the plan of the kernels and the limits that apply, then the largest error of
-    each output and gradient. Exit code 0 if all is well, else 1, with what to do.
+    each output and gradient. The exit code is 0 if all is well, else 1, with advice.
     """
     return doctor(Shape(hidden, batch, steps, dtype, cell), device)
 

@@ -67,7 +67,7 @@ def save_model(model: ByteModel, path: str | os.PathLike[str]) -> None:
     """Write weights, and as metadata what `load_model` needs, to a safetensors file.
 
     Raises:
-        TypeError: `model` is no ByteModel, or `path` no path.
+        TypeError: `model` is not a ByteModel, or `path` not a path.
     """
     from safetensors.torch import save
 
@@ -82,9 +82,9 @@ def load_model(path: str | os.PathLike[str]) -> ByteModel:
     """Rebuild a trained model, fp32 on the CPU, from the `model.safetensors` that `save_model` wrote.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or no such model's.
+        ValueError: the file is damaged, or holds no such model.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -98,7 +98,7 @@ def load_model(path: str | os.PathLike[str]) -> ByteModel:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{os.fspath(path)}: damaged, or no model of novolstm train: {reason[:300]}") from error
+        raise ValueError(f"{os.fspath(path)}: damaged, or not a model of novolstm train: {reason[:300]}") from error
     return model.eval()
 
 
@@ -106,7 +106,7 @@ def _described(file: Any) -> ByteModel:
     """Return the model that a safetensors file describes, with weights yet to be loaded.
 
     Raises:
-        TypeError, ValueError, RuntimeError: it describes none, or one that its tensors do not fit.
+        TypeError, ValueError, RuntimeError: the file describes no model, or one that its tensors do not fit.
     """
     metadata, shapes = file.metadata(), {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     if "model" not in (metadata or {}):
@@ -114,7 +114,7 @@ def _described(file: Any) -> ByteModel:
     arguments = strict_json(metadata["model"])
     if not isinstance(arguments, dict) or not {"cell", "hidden", "layers"} <= arguments.keys():
         raise ValueError(f"expected a description with cell, hidden and layers, got {reprlib.repr(arguments)}")
-    # Before anything is allocated: what is said has to be there.
+    # Before anything is allocated: the file has to hold the tensors that it describes.
     check_int(arguments["layers"], "layers", most=len(shapes))
     options = {name: value for name, value in arguments.items() if name not in ("cell", "hidden", "layers")}
     cell, hidden, layers = (arguments[name] for name in ("cell", "hidden", "layers"))
@@ -135,7 +135,7 @@ def sample(model: ByteModel, prompt: Sequence[int], length: int, temperature: fl
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: no prompt, something in it that is no byte, or a number out of range.
+        ValueError: the prompt is empty or has something other than bytes, or a number is out of range.
     """
     if len(prompt) == 0:
         raise ValueError("prompt: expected at least one byte, got none")
@@ -156,6 +156,6 @@ def sample(model: ByteModel, prompt: Sequence[int], length: int, temperature: fl
 
 
 def printable(text: bytes) -> str:
-    """Decode bytes for a terminal: what is no text becomes U+FFFD, escape sequences included."""
+    """Decode bytes for a terminal: whatever is not text becomes U+FFFD, escape sequences included."""
     decoded = text.decode(errors="replace")
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decoded)

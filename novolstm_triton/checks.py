@@ -1,4 +1,4 @@
-"""What arguments have to be: the checks that functions, modules and plans share."""
+"""Checks of arguments that functions, modules and plans share."""
 
 import numbers
 import reprlib
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number; True and a tensor are none."""
+    """Return whether a value is a real number; bools and tensors do not count."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -23,14 +23,14 @@ def check_finite(value: Any, name: str, expected: str = "a finite number", *, ab
     """Return a number as a float.
 
     Args:
-        value: what was given.
-        name: the argument's.
-        expected: what the message says that it should be.
-        above: what it has to be greater than, if anything.
+        value: the value to check.
+        name: the argument's name, for the message.
+        expected: what a valid value is, for the message.
+        above: the number that it has to exceed, if any.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is infinite, not a number, too large for a float, or not above the bound.
+        TypeError: the value is not a number.
+        ValueError: the value is infinite, NaN, too large for a float, or not above the bound.
     """
     if not is_number(value):
         raise TypeError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
@@ -43,8 +43,8 @@ def check_int(value: Any, name: str, least: int = 1, most: int | None = None) ->
     """Check an integer.
 
     Raises:
-        TypeError: it is none.
-        ValueError: it is out of range.
+        TypeError: the value is not an integer.
+        ValueError: the value is out of range.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {reprlib.repr(value)}")

@@ -21,7 +21,7 @@ DTYPES = {**tuned.DTYPES, "fp64": torch.float64}
 """Dtypes by the names that the command takes."""
 
 CHECK_S = 10.0
-"""After this many seconds the self-check begins nothing new."""
+"""After this many seconds the self-check starts no further case."""
 
 _COMPILE_S = 120.0
 
@@ -40,7 +40,7 @@ class Shape:
         """Check the values.
 
         Raises:
-            UsageError: one that no layer has.
+            UsageError: a value that no layer can have.
         """
         for name in ("hidden", "batch", "steps"):
             if getattr(self, name) < 1:
@@ -59,7 +59,7 @@ def doctor(shape: Shape, device: str = "auto", say: Callable[[str], None] = prin
 
     Args:
         shape: the layer.
-        device: "auto", "cpu" or "cuda"; or the name of a GPU that is known without being here, such as "h200".
+        device: "auto", "cpu" or "cuda"; or the name of a GPU whose properties are known without it, such as "h200".
         say: takes each line.
 
     Returns:
@@ -88,7 +88,7 @@ def known_device(name: str) -> Device:
     """Return the device of a tuned file, or of `plan.py`, that a name such as "h200" or "rtx-4090" stands for.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no device has this name.
     """
     devices = [file.device for file in _tuned_files()]
     devices += [value for value in vars(plan).values() if isinstance(value, Device) and value != plan.INTERPRETER]
@@ -154,7 +154,7 @@ class _Report:
         try:
             files = tuned.in_force().files
         except ValueError as error:
-            self._problem(f"{error}: mend it, or unset {tuned.VARIABLE}")
+            self._problem(f"{error}: fix it, or unset {tuned.VARIABLE}")
             return
         for file in files:
             self._line(file.device.name, f"{len(file.entries)} in {file.path}")
@@ -186,7 +186,7 @@ class _Report:
         return name
 
     def plans(self, backend: str) -> bool:
-        """Print how the layer is launched; on a device that is not here, by the kernels. Return whether it can be."""
+        """Print how the layer is launched (on a device that is absent: by the kernels). Return whether it can be."""
         shape = self._shape
         if self._absent is not None:
             backend = "triton"

@@ -1,4 +1,4 @@
-"""What runs here: versions of the package, of what it stands on, and of the GPU's driver."""
+"""Versions of the package, of its dependencies and of the GPU's driver."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,7 @@ import novolstm_triton
 
 
 def versions() -> dict[str, str]:
-    """Return names and versions, "none" for what is not there; neither imports triton nor touches a GPU."""
+    """Return versions by name, "none" for what is not installed; imports no triton and touches no GPU."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Files that anyone may have written: what is checked before, and while, they are parsed."""
+"""Checks of files from untrusted sources, made before and while they are parsed."""
 
 import json
 import os
@@ -6,20 +6,20 @@ import zipfile
 from typing import Any
 
 _MOST_INFLATED = 100
-"""How many times the size of its archive an entry may have: numbers and text get nowhere near it."""
+"""An entry may be at most this many times as large as its archive; numbers and text stay far below."""
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if there is something at a path that is no file: a folder, or a pipe, which might never end."""
+    """Raise ValueError if a path leads to something that is not a file, like a folder, or a pipe that may never end."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{os.fspath(path)}: expected a file, got a folder or a device")
 
 
 def check_path(path: Any, name: str = "path") -> None:
-    """Check that something can be the name of a file.
+    """Check that a value can be the name of a file.
 
     Raises:
-        TypeError: it is neither a string nor a path.
+        TypeError: the value is neither a string nor a path.
         ValueError: no file can have this name.
     """
     if not isinstance(path, (str, os.PathLike)):
@@ -29,11 +29,11 @@ def check_path(path: Any, name: str = "path") -> None:
 
 
 def check_inflated(size: int, stored: int, what: str) -> None:
-    """Raise ValueError if something would be absurdly larger in memory than what it is read from.
+    """Raise ValueError if data would be absurdly larger in memory than the file that it is read from.
 
     Args:
-        size: bytes that it says it has.
-        stored: bytes of the file.
+        size: its size in bytes, according to the file.
+        stored: size of the file in bytes.
         what: a name for the message.
     """
     if size > _MOST_INFLATED * stored:
@@ -44,8 +44,8 @@ def read_entry(archive: zipfile.ZipFile, name: str, stored: int) -> bytes:
     """Return an entry of a zip archive of `stored` bytes.
 
     Raises:
-        ValueError: it would be absurdly large.
-        KeyError: there is none of this name.
+        ValueError: the entry would be absurdly large.
+        KeyError: the archive has no entry of this name.
     """
     entry = archive.getinfo(name)
     # No more than this is inflated, whatever the stream holds.
@@ -54,10 +54,10 @@ def read_entry(archive: zipfile.ZipFile, name: str, stored: int) -> bytes:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON of which every reader makes the same.
+    """Parse JSON that every reader understands alike.
 
     Raises:
-        ValueError: it is none, has a name twice in one object, NaN or Infinity, or is nested too deeply.
+        ValueError: the text is not JSON, repeats a name in one object, has NaN or Infinity, or is nested too deeply.
     """
     try:
         return json.loads(text, parse_constant=_no_number, object_pairs_hook=_object)
@@ -66,7 +66,7 @@ def strict_json(text: str | bytes) -> Any:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not a number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,5 +74,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{twice!r} appears twice in one object")
     return content

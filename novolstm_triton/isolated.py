@@ -1,4 +1,4 @@
-"""Calls in a process of their own: one that hangs or crashes costs a call, not the caller.
+"""Function calls in a process of their own: one that hangs or crashes fails alone, and the caller goes on.
 
 The process is `python -m novolstm_triton.isolated MODULE`. It takes calls of that module's functions as lines of JSON,
 {"function": …, "arguments": {…}}, and answers each with {"result": …} or {"failure": …}.
@@ -38,10 +38,10 @@ class Isolated:
         self._answers: queue.Queue[str | None] = queue.Queue()
 
     def call(self, function: str, timeout_s: float, **arguments: Any) -> Any:
-        """Call a function with arguments of JSON's types and return its result, of JSON's types, too.
+        """Call a function, whose arguments and result are JSON values, and return its result.
 
         Raises:
-            CallError: it raised, died, or took longer than `timeout_s`. The process is gone by then.
+            CallError: the function raised, its process died, or it took longer than `timeout_s`. The process has ended.
         """
         if self._process is None:
             self._start()
@@ -61,13 +61,13 @@ class Isolated:
             raise CallError(self._last_words(process))
         answer = json.loads(line)
         if "failure" in answer:
-            # After a failure on a GPU nothing that its process says can be relied on.
+            # After a failure on a GPU, no further result of that process can be trusted.
             self.end()
             raise CallError(answer["failure"])
         return answer["result"]
 
     def end(self) -> None:
-        """End the process and its children, whatever they are at."""
+        """End the process and its children, whatever they are doing."""
         process, self._process = self._process, None
         if process is None:
             return

@@ -25,7 +25,7 @@ R = TypeVar("R")
 _DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 _CONFIGURED = {"activation": "tanh", "recurrent_activation": "sigmoid", "merge_mode": "concat"}
-"""What the layer in the file has to be configured with, if it says: this library has nothing else."""
+"""How a layer in a file has to be configured, if the file says: this library computes nothing else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Stored:
     """The weights of a layer in a file."""
 
     name: str
-    """The layer's in Keras."""
+    """The layer's name in Keras."""
     path: str
-    """Of its group in the file."""
+    """Path of its group in the file."""
     arrays: list[np.ndarray]
 
 
@@ -62,7 +62,7 @@ def read_layer(path: str, layer: str | None, split: Callable[[list[np.ndarray]],
     try:
         stored, configuration = _contents(h5py, path)
     except _DAMAGE as error:
-        raise ValueError(f"{path}: damaged, or no .weights.h5 or .keras file: {error}") from error
+        raise ValueError(f"{path}: damaged, or not a .weights.h5 or .keras file: {error}") from error
     if stored is None:
         raise ValueError(f"{path}: a legacy HDF5 file; save the model in Keras 3 as .weights.h5 or .keras")
     chosen = _chosen(path, stored, layer, split)
@@ -87,7 +87,7 @@ def _contents(h5py: Any, path: str) -> tuple[list[Stored] | None, Any]:
 
 
 class _Tree:
-    """Reads the tree of groups of a file of `size` bytes, and nothing else: no second name, no other file."""
+    """Reads the tree of groups of a file of `size` bytes; refuses groups with two names and links to other files."""
 
     def __init__(self, h5py: Any, size: int) -> None:
         self._h5py, self._size, self._read = h5py, size, 0
@@ -145,9 +145,9 @@ class _Tree:
 
     def _array(self, dataset: Any) -> np.ndarray:
         if not isinstance(dataset, self._h5py.Dataset):
-            raise ValueError(f"{dataset.name} is no array")
+            raise ValueError(f"{dataset.name} is not an array")
         if dataset.dtype.hasobject:
-            # Texts: nobody's weights, and of any size.
+            # Text is never a weight, and may be of any size.
             return np.empty(0, object)
         if dataset.external or dataset.is_virtual:
             raise ValueError(f"{dataset.name} lies in another file")
@@ -157,7 +157,7 @@ class _Tree:
 
 
 def _chosen(path: str, stored: list[Stored], layer: str | None, split: Callable[[list[np.ndarray]], Any]) -> Stored:
-    """Return the layer that is meant."""
+    """Return the layer that `layer` names."""
     if layer is not None:
         found = [s for s in stored if layer in (s.name, s.path)]
         if not found:

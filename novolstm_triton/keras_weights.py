@@ -53,7 +53,7 @@ L = TypeVar("L", bound=RecurrentLayer)
 def novolstm_from_keras(
     cls: type[NovoLSTM], weights: Any, variant: str, layer: str | None, options: Mapping[str, Any]
 ) -> NovoLSTM:
-    """Do what `NovoLSTM.from_keras` says."""
+    """Implement `NovoLSTM.from_keras`."""
     cell = CELLS[novolstm_cell(variant, "input_gate")]
     names = _NOVOLSTM[variant]
 
@@ -73,7 +73,7 @@ def novolstm_from_keras(
 
 
 def lstm_from_keras(cls: type[LSTM], weights: Any, layer: str | None, options: Mapping[str, Any]) -> LSTM:
-    """Do what `LSTM.from_keras` says."""
+    """Implement `LSTM.from_keras`."""
 
     def split(given: Any) -> list[Arrays]:
         return _by_direction(given, (_LSTM, _LSTM[:2]), _lstm_shapes, "a keras.layers.LSTM")
@@ -86,13 +86,14 @@ def lstm_from_keras(cls: type[LSTM], weights: Any, layer: str | None, options: M
 
 
 def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
-    """Do what `NovoLSTM.to_keras` says."""
+    """Implement `NovoLSTM.to_keras`."""
     _check_counterpart(layer)
     if layer.layer_norm != "input_gate":
         raise ValueError(f"layer_norm: expected 'input_gate' for a Keras layer, got {layer.layer_norm!r}")
     if layer.ln_eps != KERAS_EPS:
         warnings.warn(
-            f"to_keras: ε is no weight; the Keras layer needs LayerNormalization(epsilon={layer.ln_eps})", stacklevel=3
+            f"to_keras: ε is not a weight: the Keras layer needs LayerNormalization(epsilon={layer.ln_eps})",
+            stacklevel=3,
         )
     cell = CELLS[layer.variant]
     gain = layer.hidden_size if layer.gate_gain == "hidden" else float(layer.gate_gain)
@@ -102,7 +103,7 @@ def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
             own["bias"] = own["weight_ih"].new_zeros(own["weight_ih"].shape[0])
         arrays = {}
         for kind, blocks in (("w", own["weight_ih"]), ("u", own["weight_hh"]), ("b", own["bias"])):
-            # Where the blocks are fewer than the gates, p has none.
+            # Where there are fewer blocks than gates, p has no block.
             for gate, block in zip(cell.gates, blocks.split(layer.hidden_size), strict=False):
                 arrays[f"{kind}_{_GATES[gate]}"] = _array(block)
         # The gate is gain · (γ · … + β), times a softmax in one variant.
@@ -112,7 +113,7 @@ def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
 
 
 def lstm_to_keras(layer: LSTM) -> list[np.ndarray]:
-    """Do what `LSTM.to_keras` says."""
+    """Implement `LSTM.to_keras`."""
     _check_counterpart(layer)
     result = []
     for own in _own_weights(layer):
@@ -121,7 +122,7 @@ def lstm_to_keras(layer: LSTM) -> list[np.ndarray]:
 
 
 def _directions(weights: Any, layer: str | None, split: Callable[[Any], list[Arrays]]) -> list[Arrays]:
-    """Return each direction's arrays from whatever a user gave."""
+    """Return each direction's arrays from weights in any of the accepted forms."""
     if isinstance(weights, (str, os.PathLike)):
         return read_layer(os.fspath(weights), layer, split)
     if layer is not None:

@@ -304,7 +304,7 @@ class _HRing:
         self._words = kernel_plan.exchange == "words"
         self.buffer = h_0.new_empty(h_0.shape[0], chunk + 1 if self._words else 2, *h_0.shape[1:])
         self.first = 0
-        # A NaN of the user's could look like a word that is missing.
+        # A NaN in the user's h_0 could look like a missing word.
         self.buffer[:, 0] = h_0.masked_fill(h_0.isnan(), float("nan")) if self._words else h_0
 
     def begin_chunk(self) -> None:
@@ -407,7 +407,7 @@ def launch_plan(x: Tensor, hidden: int, cell: str, directions: int = 1) -> Launc
     """Return the plan for a layer with `hidden` units on x [T, B, I], on its device and under the pins in force.
 
     Raises:
-        ValueError: there is none, or it holds more programs that wait for each other than the device.
+        ValueError: no plan fits, or it has more programs waiting for each other than the device holds.
     """
     pins = planning.pinned()
     device = pins.device or _device(x.device)
@@ -425,7 +425,7 @@ def launch_plan(x: Tensor, hidden: int, cell: str, directions: int = 1) -> Launc
 def check_offsets(
     plans: LaunchPlan, hidden: int, batch: int, steps: int, chunk: int, cell: str, directions: int, zoneout_masks: bool
 ) -> None:
-    """Check that the kernels can address a layer: what they count and offset in 32 bits has to fit.
+    """Check that the kernels can address a layer: counts and offsets of 32 bits have to suffice.
 
     Whole steps, directions and weights lie 64 bits apart. What is left are places within a batch tile, a weight, a
     step's row of zoneout's masks and the ring of row sums, and numbers of rows, steps and arrivals.
@@ -438,10 +438,10 @@ def check_offsets(
         chunk: steps of the longest chunk.
         cell: its name in `novolstm_triton.cells.CELLS`.
         directions: 1 or 2.
-        zoneout_masks: whether there are masks of zoneout.
+        zoneout_masks: whether zoneout has masks.
 
     Raises:
-        ValueError: a number that does not fit, which the message names.
+        ValueError: a number does not fit; the message names it.
     """
     kernels, gates, rows = KERNELS[cell], len(CELLS[cell].gates), directions * batch
     largest = {

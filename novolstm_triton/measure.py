@@ -1,4 +1,4 @@
-"""Checks and times a layer on this machine. Arguments and results are of JSON's types: `isolated.py` calls these."""
+"""Checks and times a layer on this machine. Arguments and results are JSON values, for `isolated.py`."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from novolstm_triton.plan import Device
 from novolstm_triton.problems import Problem
 
 CHECK_STEPS = 5
-"""Time steps of a plan's check, enough for every buffer that a step takes turns with."""
+"""Time steps of a plan's check: enough for every slot of a ring buffer to be used again."""
 
 _ENOUGH_S = 0.3
 _MIN_CALLS, _MAX_CALLS = 5, 100
@@ -45,7 +45,7 @@ def check_plan(key: dict[str, Any], choices: dict[str, Any], device: dict[str, A
         where: name of the PyTorch device.
 
     Raises:
-        ValueError: the plan cannot be.
+        ValueError: the device or the layer does not allow the plan.
     """
     layer = tuned.Key(**key)
     problem = _problem(layer, CHECK_STEPS, 32, where)
@@ -62,7 +62,7 @@ def time_plan(
     `check_plan`. The layer has as many inputs as units.
 
     Raises:
-        ValueError: the plan cannot be.
+        ValueError: the device or the layer does not allow the plan.
     """
     layer = tuned.Key(**key)
     dtype = tuned.DTYPES[layer.dtype]

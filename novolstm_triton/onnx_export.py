@@ -1,7 +1,7 @@
-"""A layer in the operators of ONNX: what torch.onnx.export(…, dynamo=True) is given in place of the kernels.
+"""A layer in the operators of ONNX, which torch.onnx.export(…, dynamo=True) records in place of the kernels.
 
 The plain cell becomes ONNX's own LSTM, every other a Scan whose body is a step of the reference; both take any number
-of steps and rows. Nothing here has gradients.
+of steps and rows. None of this has gradients.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def _lstm(
     if lengths is not None:
         lengths = lengths.clamp(0, steps)
     w, r, b = (torch.cat([a.chunk(4)[k] for k in (0, 3, 1, 2)]).unsqueeze(0) for a in (weight_ih, weight_hh, bias))
-    # Its bias is that of the inputs and that of the recurrence.
+    # ONNX has a bias of the inputs and one of the recurrence.
     b = torch.cat((b, torch.zeros_like(b)), 1)
     y, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
         "LSTM",
@@ -56,7 +56,7 @@ def _lstm(
     )
     y, h_n, c_n = y.squeeze(1), h_n.squeeze(0), c_n.squeeze(0)
     if lengths is not None:
-        # It gives zeros for the states of a row without steps.
+        # ONNX gives zeros for the states of a row without steps.
         some = (lengths > 0).unsqueeze(1)
         h_n, c_n = torch.where(some, h_n, h_0), torch.where(some, c_n, c_0)
     return y, h_n, c_n
@@ -85,7 +85,7 @@ def _scan(
     constants = (h_mask, *weights)
 
     def body(h: Tensor, c: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Only what is there is handed over: a scan takes no None, and would make a constant of what the body closes
+        # Only operands that exist are handed over: a scan takes no None, and makes constants of what its body closes
         # over.
         values = iter(others)
         x_t, valid_t, zoneout_mask_t, mask, *own = (None if a is None else next(values) for a in (*given, *constants))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 MOST = 2**31 - 1
-"""No size, count or offset of 32 bits is larger."""
+"""The largest size, count or offset of 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Device:
 
     Raises:
         TypeError: a property of the wrong type.
-        ValueError: one that no device has.
+        ValueError: a value that no device can have.
     """
 
     name: str
@@ -344,7 +344,7 @@ def plan(
     def best(backward: bool) -> KernelPlan:
         choices = plans.choose(*sizes, cell=cell, backward=backward, pins=pins)
         kernel_plans = candidates(*sizes, cell=cell, directions=directions, backward=backward, pins=choices)
-        # The model tells no small differences: of what it finds nearly as fast, the fewest programs that wait.
+        # The model cannot resolve small differences: of plans nearly as fast, take the one with least waiting.
         fastest = min(kernel_plan.step_us for kernel_plan in kernel_plans)
         good = [kernel_plan for kernel_plan in kernel_plans if kernel_plan.step_us <= 1.125 * fastest]
         return min(good, key=lambda c: (c.slices, c.step_us, c.block_b))
@@ -352,7 +352,7 @@ def plan(
     return LaunchPlan(forward=best(False), backward=best(True))
 
 
-# Published microbenchmarks of H100 and A100: clocks, bytes per clock and multiprocessor, µs. They only rank plans.
+# From published microbenchmarks of H100 and A100: clocks, bytes per clock and multiprocessor, µs. To rank plans only.
 _CLOCKS_PER_US = 1980.0
 _SMEM_BYTES_PER_CLOCK = 128.0
 _L2_BYTES_PER_CLOCK = 38.0
@@ -473,7 +473,7 @@ def _fits_registers(
 
 
 def _tiles_alive(cell: Cell) -> int:
-    """Return how many times as many tiles as usual a step keeps: with norms of f, g, o also their x̂ and dx̂."""
+    """Return by what factor a step keeps more tiles than usual: with norms of f, g and o also their x̂ and dx̂."""
     return 2 if cell.gate_norms else 1
 
 

@@ -1,4 +1,4 @@
-"""A layer's inputs, drawn from a seed, and what every backend should make of them."""
+"""A layer's inputs, drawn from a seed, and the results that every backend should give for them."""
 
 import dataclasses
 import math

@@ -1,7 +1,7 @@
 """Masks of recurrent dropout and of zoneout, drawn from PyTorch's generator of the device.
 
-Whoever restores the generator's state, as activation checkpointing does, gets the same masks again. Out of place,
-because torch.func.vmap can draw for every member of its batch only so.
+Restoring the generator's state, as activation checkpointing does, gives the same masks again. They are drawn out of
+place: only then can torch.func.vmap draw for every member of its batch.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def draw_dropout_mask(shape: Sequence[int], probability: float, like: Tensor) ->
 
     Args:
         shape: [..., B, H].
-        probability: of a unit to be dropped, from 0 to below 1.
+        probability: with which a unit is dropped, from 0 to below 1.
         like: a tensor with the mask's dtype and device.
     """
     keep = 1.0 - probability
@@ -27,9 +27,9 @@ def draw_zoneout_mask(shape: Sequence[int], h: float, c: float, device: torch.de
 
     Args:
         shape: [T, B, H], for both directions [T, B, 2H].
-        h: probability of a unit of h to keep its value.
+        h: probability with which a unit of h keeps its value.
         c: likewise, of c.
-        device: where the mask is wanted.
+        device: the device of the mask.
     """
     h_kept, c_kept = (torch.bernoulli(torch.empty(shape, dtype=torch.uint8, device=device), p) for p in (h, c))
     return h_kept + 2 * c_kept

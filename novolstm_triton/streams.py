@@ -1,4 +1,4 @@
-"""Work of the next chunk on a stream of its own, under the recurrence of this one."""
+"""Work for the next chunk on a stream of its own, while the recurrence of this one runs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

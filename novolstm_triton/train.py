@@ -109,7 +109,7 @@ def _flag(name: str) -> str:
 
 
 class TrainingError(RuntimeError):
-    """Training went wrong in a way that its user can do something about, said in one line."""
+    """A failure of training that the user can do something about; the message is one line."""
 
 
 class Processes:
@@ -361,7 +361,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     """Return the checkpoint of a run.
 
     Raises:
-        UsageError: there is none, or it cannot be read or is none of this version's.
+        UsageError: the folder has no checkpoint, or one that cannot be read or that another version wrote.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -381,7 +381,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _flaw(checkpoint: dict[str, Any]) -> str | None:
-    """Return what keeps a checkpoint from being one, as far as can be told before a model is made; None if nothing."""
+    """Return what is wrong with a checkpoint, as far as can be told before a model is made, or None."""
     for name, kind in _CHECKPOINT.items():
         if type(checkpoint.get(name)) is not kind:
             return f"{name}: expected {kind.__name__}, got {reprlib.repr(checkpoint.get(name))}"
@@ -598,7 +598,7 @@ class Job:
         write_atomically(folder / METRICS, lambda path: path.write_text(lines))
         for learner in self.learners:
             write_atomically(folder / self.model_file(learner.cell), functools.partial(save_model, learner.model))
-        # Last, because it is what a resumed run trusts.
+        # Last, because a resumed run relies on it.
         write_atomically(folder / CHECKPOINT, functools.partial(torch.save, checkpoint))
 
     def model_file(self, cell: str) -> str:
@@ -697,7 +697,7 @@ def _stop_requests() -> Iterator[_Stop]:
 
 
 class _Progress:
-    """Shows how a job gets on, on stderr: a bar on a terminal, else a line per row of metrics."""
+    """Shows a job's progress on stderr: a bar on a terminal, else a line per row of metrics."""
 
     def __init__(self, job: Job) -> None:
         from tqdm import tqdm
@@ -750,8 +750,8 @@ def train(given: dict[str, Any], out: Path | None = None, resume: Path | None = 
         Exit code: 0, or 128 + signal number after an interruption.
 
     Raises:
-        UsageError: anything that is wrong with the request, before any training.
-        TrainingError: the loss is not finite any more.
+        UsageError: a request that cannot be met, found before any training.
+        TrainingError: the loss is no longer finite.
     """
     checkpoint = load_checkpoint(resume) if resume else None
     config = resumed_config(checkpoint["config"], given) if checkpoint else TrainConfig(**given)

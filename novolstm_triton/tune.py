@@ -24,9 +24,9 @@ from novolstm_triton.tuned import DTYPES, Entry, Key
 _LADDERS: dict[str, tuple] = dict(
     block_k=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8, 16), exchange=plan.EXCHANGES, exchanges=(1, 2)
 )
-"""Values that a choice is tried with, where it is no bool and the candidates do not differ in it by themselves.
+"""Values to try for the choices that are not bools and in which the candidates do not differ already.
 
-A name that is no pin is not looked at.
+A name that is not a pin is ignored.
 """
 
 Choices = dict[str, Any]
@@ -37,7 +37,7 @@ class Calls(Protocol):
     """What `Isolated` offers; the functions are those of `measure.py`."""
 
     def call(self, function: str, timeout_s: float, **arguments: Any) -> Any:
-        """Call a function and return its result; raise CallError if there is none."""
+        """Call a function and return its result; raise CallError if it fails."""
 
 
 def keys(hidden: Sequence[int], batch: Sequence[int], dtype: Sequence[str], cell: Sequence[str]) -> Iterator[Key]:
@@ -74,7 +74,7 @@ def tune(
         Keys of which no candidate passed.
 
     Raises:
-        UsageError: the file is of another device or of other versions, cannot be written, or is no file of plans.
+        UsageError: the file is of another device or of other versions, cannot be written, or is not a file of plans.
         CallError: the device cannot be described.
     """
     if calls is None:
@@ -111,7 +111,7 @@ def tune(
 
 
 def _resume(out: pathlib.Path, device: Device, versions: dict[str, str]) -> list[Entry]:
-    """Return what an earlier run has left."""
+    """Return the entries that an earlier run has written."""
     if not out.exists():
         return []
     try:
@@ -125,7 +125,7 @@ def _resume(out: pathlib.Path, device: Device, versions: dict[str, str]) -> list
 
 
 class _Search:
-    """The search for one key's plan."""
+    """The search for the plan of one key."""
 
     def __init__(
         self,

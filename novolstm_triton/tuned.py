@@ -65,7 +65,7 @@ class Key:
 
     @property
     def kernel(self) -> tuple[int, torch.dtype, str, str]:
-        """All of it but the batch."""
+        """All fields but the batch."""
         return self.hidden, DTYPES[self.dtype], self.cell, self.direction
 
     def __str__(self) -> str:
@@ -153,25 +153,25 @@ def in_force() -> TunedPlans:
 
 
 def load(path: str | os.PathLike) -> None:
-    """Look plans up in a file, or in a folder's files, from now on and in every thread, instead of NOVOLSTM_PLANS.
+    """Use the plans of a file, or of a folder's files, from now on in every thread, instead of NOVOLSTM_PLANS.
 
     Args:
         path: a file that `novolstm tune` has written, or a folder of such files (`*.json`).
 
     Raises:
-        TypeError, ValueError: see `read`. What was in force stays so.
+        TypeError, ValueError: see `read`. The plans in force then stay so.
     """
     put_in_force(TunedPlans((*read(path), *_shipped())))
 
 
 def put_in_force(plans: TunedPlans | None) -> TunedPlans | None:
-    """Look plans up in these alone, or with None in NOVOLSTM_PLANS and in this package's again, in every thread.
+    """Use these plans alone, in every thread; None puts those of NOVOLSTM_PLANS and of this package back in force.
 
     Returns:
-        What this puts out of force, for a later call.
+        The argument of the last such call, to be put back in force later.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `plans` is neither.
     """
     global _loaded
     if not isinstance(plans, (TunedPlans, type(None))):
@@ -199,7 +199,7 @@ def read(path: str | os.PathLike) -> tuple[PlanFile, ...]:
     """Read and check a file, or a folder's files by name.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
         ValueError: a file that cannot be read, is not of this format, or has an entry that the limits of its device do
             not allow; the message names the file and the entry.
     """
@@ -247,7 +247,7 @@ def _parse(path: str, content: Any) -> PlanFile:
             entry = _parse_entry(fields)
             where += f" ({entry.key})"
             if entry.key in entries:
-                raise ValueError("there is another for the same")
+                raise ValueError("another entry is for the same layer")
             _check_allowed(entry, device)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -301,7 +301,7 @@ def _expect_fields(fields: dict[str, Any], names: Iterable[str], where: str) -> 
 
 
 def _expect(value: Any, kind: Any, where: str) -> None:
-    """Raise ValueError if a value is not of a type, or of one of a union's; True is no number."""
+    """Raise ValueError if a value is not of a type, or of one of a union's; a bool is not a number."""
     kinds = typing.get_args(kind) or (kind,)
     if type(value) not in kinds:
         names = " or ".join(k.__name__ for k in kinds)
@@ -309,7 +309,7 @@ def _expect(value: Any, kind: Any, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value from a file as a short phrase, however large it is."""
+    """Return a value from a file as a short text, however large it is."""
     return "nothing" if value is None else reprlib.repr(value)
 
 

@@ -237,7 +237,7 @@ def test_truncated_files(tmp_path, source, kept):
     whole = source.read_bytes()
     path = tmp_path / source.name
     path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
-    with pytest.raises(ValueError, match=r"damaged, or no \.weights\.h5 or \.keras file"):
+    with pytest.raises(ValueError, match=r"damaged, or not a \.weights\.h5 or \.keras file"):
         LSTM.from_keras(path, layer="lstm")
 
 
@@ -245,7 +245,7 @@ def test_archives_that_are_no_models(tmp_path):
     path = tmp_path / "other.keras"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "no model")
-    with pytest.raises(ValueError, match=r"damaged, or no .*model\.weights\.h5"):
+    with pytest.raises(ValueError, match=r"damaged, or not a .*model\.weights\.h5"):
         LSTM.from_keras(path)
 
 
@@ -312,7 +312,7 @@ HOSTILE: dict[str, tuple] = {
     ),
     "link": (lambda file, own: own.__setitem__("3", h5py.SoftLink("/layers")), "/layers/lstm/cell/vars/3 is a link"),
     "cycle": (lambda file, own: file["layers/lstm"].__setitem__("again", file["layers"]), "has another name, too"),
-    "no-array": (lambda file, own: replaced(own, own.create_group), "/layers/lstm/cell/vars/0 is no array"),
+    "no-array": (lambda file, own: replaced(own, own.create_group), "/layers/lstm/cell/vars/0 is not an array"),
     "texts": (
         lambda file, own: replaced(own, lambda name: own.create_dataset(name, data=["a"], dtype=h5py.string_dtype())),
         "expected kernel in float16, float32 or float64, got object",
@@ -352,8 +352,8 @@ CONFIG = b'{"config": {"layers": []}}'
         pytest.param(bytes(2**22), CONFIG, r"model\.weights\.h5 would take 4194304 bytes, more than 100", id="weights"),
         pytest.param(WEIGHTS.read_bytes(), b" " * 2**25, r"config\.json would take 33554432 bytes", id="config"),
         pytest.param(WEIGHTS.read_bytes(), b"[" * 10**5, "nested too deeply", id="deep"),
-        pytest.param(WEIGHTS.read_bytes(), b'{"a": NaN}', "NaN is not a number of JSON", id="nan"),
-        pytest.param(WEIGHTS.read_bytes(), b'{"a": 1, "a": 2}', "'a' stands twice in one object", id="twice"),
+        pytest.param(WEIGHTS.read_bytes(), b'{"a": NaN}', "NaN is not a JSON number", id="nan"),
+        pytest.param(WEIGHTS.read_bytes(), b'{"a": 1, "a": 2}', "'a' appears twice in one object", id="twice"),
         pytest.param(WEIGHTS.read_bytes(), b'{"a": ' + b"9" * 5000 + b"}", "digits", id="long-number"),
     ],
 )

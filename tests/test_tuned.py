@@ -256,7 +256,7 @@ def changed(*path, value=None, remove=False):
         ),
         pytest.param(
             changed("entries", value=VALID["entries"] * 2),
-            r"entry 1 \(H=256.*there is another for the same",
+            r"entry 1 \(H=256.*another entry is for the same layer",
             id="twice",
         ),
     ],
@@ -276,12 +276,12 @@ def test_bad_content_names_file_and_entry(content, message, tmp_path):
         pytest.param(b"", "Expecting value", id="empty"),
         pytest.param(b"\xff\xfe\x00", "decode", id="not-text"),
         pytest.param(pickle.dumps(VALID), "decode|Expecting value", id="pickle"),
-        pytest.param(b'{"schema": NaN}', "NaN is not a number of JSON", id="nan"),
+        pytest.param(b'{"schema": NaN}', "NaN is not a JSON number", id="nan"),
         pytest.param(b'{"schema": 1e400}', "schema: expected 1, got inf", id="beyond-floats"),
-        pytest.param(b'{"schema": -Infinity}', "-Infinity is not a number of JSON", id="infinity"),
-        pytest.param(b'{"schema": 1, "schema": 1}', "'schema' stands twice", id="field-twice"),
+        pytest.param(b'{"schema": -Infinity}', "-Infinity is not a JSON number", id="infinity"),
+        pytest.param(b'{"schema": 1, "schema": 1}', "'schema' appears twice", id="field-twice"),
         pytest.param(
-            b'{"schema": 1, "more": [' + b'{"x": 1, "x": 1},' * 10**5 + b"1]}", "'x' stands twice", id="repeated"
+            b'{"schema": 1, "more": [' + b'{"x": 1, "x": 1},' * 10**5 + b"1]}", "'x' appears twice", id="repeated"
         ),
         pytest.param(b"[" * 10**6, "nested too deeply|Expecting", id="deep"),
         pytest.param(b'{"schema": ' + b"1" * 10**5 + b"}", "limit", id="long-number"),

@@ -96,7 +96,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "description-list": (described("[]"), "expected a description with cell, hidden and layers, got []"),
     "description-empty": (described(""), "Expecting value"),
     "description-nan": (described('{"cell": "novolstm", "hidden": 4, "layers": 1, "gate_gain": NaN}'), "NaN is not a"),
-    "description-twice": (described('{"cell": "lstm", "cell": "novolstm"}'), "'cell' stands twice in one object"),
+    "description-twice": (described('{"cell": "lstm", "cell": "novolstm"}'), "'cell' appears twice in one object"),
     "cell": (changed(cell="gru"), "cell: expected one of ['novolstm', 'lstm'], got 'gru'"),
     "hidden-larger": (changed(hidden=5), "expected shape"),
     "hidden-huge": (changed(hidden=10**12), "damaged"),
@@ -125,7 +125,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 def test_bad_model_file(content, words, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="no model of novolstm train") as refused:
+    with pytest.raises(ValueError, match="not a model of novolstm train") as refused:
         bytemodel.load_model(path)
     assert str(refused.value).startswith(f"{path}: damaged")
     assert words in str(refused.value)

@@ -1,7 +1,7 @@
 """Testing tools for Triton kernels whose programs wait for each other, on a machine without a GPU.
 
 `cooperative` runs an interpreted grid with its programs side by side, under a schedule of choice, and checks every
-access to memory: races, reads of what nobody has written, accesses outside a tensor, deadlocks. Needs greenlet (the
+access to memory: races, reads of uninitialised memory, accesses outside a tensor, deadlocks. Needs greenlet (the
 extra `testing`) and TRITON_INTERPRET=1 in the environment before triton is imported.
 """
 

@@ -1,4 +1,4 @@
-"""Memory without a value: `torch.empty` and its like, filled with a pattern that no computation makes."""
+"""Uninitialised memory: `torch.empty` and its like, filled with a pattern that no computation produces."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 _PATTERNS = {1: 0xA5, 2: 0xFFE5, 4: 0xFFE5A5A5, 8: 0xFFFDA5A5A5A5A5A5}
-"""By the size of an element in bytes. In every floating dtype it is a NaN, with bits that no operation leaves there."""
+"""By the size of an element in bytes: in every floating dtype a NaN, with bits that no operation produces."""
 
 _INTEGERS = {1: 0xA5, 2: 0x7A5A, 4: 0x7A5A5A5A, 8: 0x7A5A5A5A5A5A5A5A}
-"""Likewise, of integers: great numbers."""
+"""The patterns of integers: large numbers."""
 
 
 class Allocations:
-    """Tensors that were allocated without a value while `poisoned_allocations` was in force."""
+    """Tensors that were allocated uninitialised while `poisoned_allocations` was in force."""
 
     def __init__(self) -> None:
-        # They are kept, so that no later one gets the address of an earlier one.
+        # They are kept alive, so that no later one gets the address of an earlier one.
         self._tensors: dict[int, tuple[Tensor, int]] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -35,7 +35,7 @@ class Allocations:
         self._tensors[tensor.untyped_storage().data_ptr()] = storage, pattern
 
     def empty_bytes(self, tensor: Tensor) -> np.ndarray | None:
-        """Return which bytes of a tensor's storage still have no value, or None if that is not known."""
+        """Return which bytes of a tensor's storage are still uninitialised, or None if that is not known."""
         found = self._tensors.get(tensor.untyped_storage().data_ptr())
         if found is None:
             return None
@@ -49,16 +49,16 @@ _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor full of NaN, or of a great integer."""
+    """Return a tensor full of NaN, or of a large integer."""
     with poisoned_allocations():
         return torch.empty(shape, dtype=dtype)
 
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[Allocations]:
-    """Fill what is allocated on the CPU without a value (`torch.empty`, `new_empty`, ...) with NaN or great integers.
+    """Fill uninitialised memory on the CPU (of `torch.empty`, `new_empty`, ...) with NaN or large integers.
 
-    A kernel that reads such memory before writing it then shows: in its results, and to `cooperative`.
+    A kernel that reads such memory before writing it is then found: by its results, and by `cooperative`.
     """
     allocations = Allocations()
 

@@ -46,7 +46,7 @@ _MAX_REREADS = 10_000
 
 
 class Deadlock(GridError):
-    """Every program that is left repeats the same reads, and nobody stores."""
+    """Every remaining program repeats the same reads, and none stores."""
 
 
 class ProgramError(GridError):
@@ -261,7 +261,7 @@ class _Grid:
         program, addresses, item_bytes = self._hand_over(pointers, mask)
         self._order(program, addresses, item_bytes, sem, scope, wrote=True)
         old = operation(kind, _untagged(pointers), value, mask, sem, scope)
-        # Adding zero is how older Tritons read atomically: it must not pass for progress.
+        # Adding zero is how older versions of Triton read atomically: it must not count as progress.
         changed = _in_memory(pointers, mask, old).tobytes() != old.data.tobytes()
         self._note(program, addresses, wrote=changed, polling=True)
         return old
@@ -291,7 +291,7 @@ class _Grid:
         """Checks an atomic and passes on what its semantics order."""
         self.report.atomics += 0 if program.atomic else 1
         if scope == ir.MEM_SYNC_SCOPE.CTA:
-            # For other programs it is no atomic at all.
+            # To other programs it is not an atomic at all.
             for kind in (READ, WRITE) if wrote else (READ,):
                 self.memory.access(program.number, kind, addresses, item_bytes, program.site)
             return
@@ -426,22 +426,22 @@ def cooperative(
         self_validating: tensors, or names of kernel arguments, whose words say by their bits whether they have
             arrived: a volatile load may take them unordered (see `happens_before.Memory`).
         one_writer: whether every word is to have one writer in a grid.
-        poison: whether memory that is allocated inside without a value is filled with NaN (see
-            `poisoned_allocations`), and reading what nobody has written there is an error.
-        check_overflow: whether sums and products of 32-bit integers that overflow raise; takes half as long again.
+        poison: whether uninitialised memory that is allocated inside is filled with NaN (see
+            `poisoned_allocations`), and reading it before it is written is an error.
+        check_overflow: whether sums and products of 32-bit integers that overflow raise; costs half as much time again.
 
     Yields:
         The counts, complete once the block ends.
 
     Raises:
-        Deadlock: all programs that are left wait.
+        Deadlock: all remaining programs wait.
         DataRace: two accesses to the same bytes are not ordered.
         OutOfBounds: an address lies outside the tensor that the pointer was made from.
-        ReadBeforeWrite: with `poison`, a program read what nobody has written.
+        ReadBeforeWrite: with `poison`, a program read uninitialised memory.
         TwoWriters: with `one_writer`, two programs wrote the same word.
         ProgramError: a program raised.
-        TypeError, ValueError: an argument of the wrong type, or no policy.
-        RuntimeError: Triton does not interpret here, or the block is inside another.
+        TypeError, ValueError: an argument of the wrong type, or an unknown policy.
+        RuntimeError: Triton is not in interpreter mode, or the block is inside another.
     """
     if not knobs.runtime.interpret:
         raise RuntimeError("cooperative needs the interpreter: set TRITON_INTERPRET=1 before triton is imported")
@@ -461,7 +461,7 @@ def cooperative(
         options = (check_races, tuple(self_validating), one_writer, allocations)
         session = _Session(Report(policy), random.Random(seed), *options)
         stack.enter_context(faster(check_overflow))
-        # Of Triton before 3.9, whose maximum of nothing but NaN is one, as it should be.
+        # From Triton before 3.9, where the maximum of NaNs alone is NaN, as it should be.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
 

@@ -48,7 +48,7 @@ class OutOfBounds(GridError):
 
 
 class ReadBeforeWrite(GridError):
-    """A program read memory that was allocated without a value and that nobody has written."""
+    """A program read memory that was allocated uninitialised and not written since."""
 
 
 class TwoWriters(GridError):
@@ -198,7 +198,7 @@ class Memory:
             volatile load takes such a word, whoever wrote it, unordered; it is a race to write one that another
             program has taken unless that is known. Plain loads from them are checked like any others.
         one_writer: whether a word that two programs write, though one after the other, is an error.
-        empty: the bytes of a storage that have no value yet, by the storage's address.
+        empty: the uninitialised bytes of a storage, by the storage's address.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Memory:
 
         Raises:
             OutOfBounds: an address is outside its tensor.
-            ReadBeforeWrite: nobody has written what is read.
+            ReadBeforeWrite: what is read has not been written.
             DataRace: the access is not ordered with an earlier one.
             TwoWriters: another program has written here.
         """

@@ -1,4 +1,4 @@
-"""Corrects what the interpreters of Triton 3.6 to 3.9 get wrong and GPUs do not: bfloat16, mostly; and what is slow.
+"""Corrects what the interpreters of Triton 3.6 to 3.9 get wrong and GPUs do not: mostly bfloat16, and slow parts.
 
 Each function takes the interpreter's own method first, then its arguments; `cooperative` puts them in place.
 """
