@@ -6,9 +6,9 @@ from the border; it turns them into slopes, the factors between dh or dc and the
 walk over the steps only what depends on the step after.
 
 Shapes: T steps, B rows, I inputs, H units; n steps in a chunk; G gate blocks, R of them recurrent, N layer
-normalisations. Gates lie block by block, [G, n, B, H], in the private order i|f|o|g|p: each block is contiguous and one
-call takes all sigmoids. Their gradients lie row by row, [n, B, G·H], in the public order i|f|g|o|p, to meet the weights
-as they are. Everything is computed in fp32, or fp64 for fp64 tensors.
+normalisations. Gates are in the order i|f|g|o|p. They lie block by block, [G, n, B, H], so that each is contiguous;
+their gradients lie row by row, [n, B, G·H], to meet the weights as they are. Everything is computed in fp32, or fp64 for
+fp64 tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from novolstm_triton.cells import CELLS
 
-_PRIVATE_ORDER = (0, 1, 3, 2, 4)
-"""The public positions (i|f|g|o|p) of the private gate blocks i|f|o|g|p."""
+_ALIGNMENT = 64
+"""Bytes on whose multiples PyTorch begins its own tensors on a CPU."""
 
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -134,11 +134,11 @@ def backward(
     zoneout = _Zoneout.of(zoneout_mask, zoneout_h, zoneout_c, dtype)
     walk = _BackwardWalk(prepared, weight_hh, min(chunk, steps), dh_n, dc_n, reverse, zoneout is not None)
     sums = _ParameterSums(prepared, needs)
-    weight_ih = weight_ih.to(dtype)
+    weight_ih = _aligned(weight_ih, dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     for (low, high), border in zip(reversed(spans), reversed(c_border[:-1].unbind(0)), strict=True):
         frozen = None if valid is None else ~valid[low:high]
-        x_chunk = x[low:high].to(dtype)
+        x_chunk = _aligned(x[low:high], dtype)
         if frozen is not None:
             # Padding may hold anything, even NaN, and must not reach a product, where 0 · NaN is NaN.
             x_chunk = x_chunk.masked_fill(frozen, 0)
@@ -159,13 +159,13 @@ class _Cell:
     """The parameters as the walks want them, in the dtype of computation."""
 
     weight_ih: Tensor
-    """[G, H, I], private order."""
+    """[G, H, I]."""
     weight_hh: Tensor
-    """[R, H, H], private order."""
+    """[R, H, H]."""
     bias: Tensor
-    """[G, 1, H], private order."""
+    """[G, 1, H]."""
     gamma: Tensor
-    """[N, H], the gain folded into the first; public order i|f|g|o."""
+    """[N, H], the gain folded into the first."""
     beta: Tensor
     """[N, H], likewise."""
     h_mask: Tensor | None
@@ -178,13 +178,12 @@ class _Cell:
 
     @classmethod
     def prepare(cls, weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell) -> _Cell:
-        """Cast the parameters of `forward` and permute their blocks."""
+        """Cast the parameters of `forward` and cut them into blocks."""
         dtype = torch.float64 if weight_ih.dtype == torch.float64 else torch.float32
         hidden = weight_hh.shape[1]
 
         def blocks(rows: Tensor) -> Tensor:
-            public = rows.to(dtype).unflatten(0, (-1, hidden))
-            return torch.stack([public[k] for k in _PRIVATE_ORDER[: len(public)]])
+            return _aligned(rows, dtype).unflatten(0, (-1, hidden))
 
         def affine(rows: Tensor) -> Tensor:
             rows = rows.to(dtype, copy=True).view(-1, hidden)
@@ -215,7 +214,7 @@ class _Cell:
 
     def project(self, x: Tensor, z: Tensor) -> None:
         """Write x W + b into z [G, n, B, H]; x is [n, B, I]."""
-        rows = x.to(self.dtype).flatten(0, 1)
+        rows = _aligned(x, self.dtype).flatten(0, 1)
         torch.baddbmm(self.bias, rows.expand(len(z), -1, -1), self.weight_ih.mT, out=z.flatten(1, 2))
         if self.kind == "notebook":
             z[4] = z[4].softmax(-1)
@@ -233,9 +232,8 @@ class _Cell:
         return self.norm(s.mul_(p))[0]
 
     def other_affine(self) -> tuple[Tensor, Tensor]:
-        """Return γ and β [3, 1, ..., H] of f|o|g."""
-        gamma, beta = (a[[1, 3, 2]].unsqueeze(1) for a in (self.gamma, self.beta))
-        return gamma, beta
+        """Return γ and β [3, 1, H] of f|g|o."""
+        return self.gamma[1:].unsqueeze(1), self.beta[1:].unsqueeze(1)
 
 
 class _Zoneout(NamedTuple):
@@ -286,7 +284,7 @@ class _ForwardWalk:
         valid_steps = None if valid is None else valid.unbind(0)
         shares = None if zoneout is None else (zoneout.h.unbind(0), zoneout.c.unbind(0))
         z = self.c.new_empty(len(cell.weight_hh), *self.c.shape)
-        sigmoids, others, (s, f, o, g), z_p = z[:3], z[1:4], z[:4], z[-1]
+        (s, f, g, o), z_if, z_fgo, z_p = z[:4], z[:2], z[1:4], z[-1]
         gamma, beta = cell.other_affine() if cell.gate_norms else (None, None)
         c, c_next, tanh_c, softmax = self.c, *self.c.new_empty(3, *self.c.shape)
         h_seen = torch.empty_like(c)
@@ -298,10 +296,11 @@ class _ForwardWalk:
                 h_factor = masked
             torch.baddbmm(projected, h_factor, self._weight_hh, out=z)
             if gamma is not None and beta is not None:
-                normalised = torch.native_layer_norm(others, cell.units, None, None, cell.eps)[0]
-                torch.addcmul(beta, normalised, gamma, out=others)
-            sigmoids.sigmoid_()
+                normalised = torch.native_layer_norm(z_fgo, cell.units, None, None, cell.eps)[0]
+                torch.addcmul(beta, normalised, gamma, out=z_fgo)
+            z_if.sigmoid_()
             g.tanh_()
+            o.sigmoid_()
             i = cell.input_gate(s, z_p if cell.kind == "formula" else p, softmax)
             torch.mul(i, g, out=c_next).addcmul_(f, c)
             torch.tanh(c_next, out=tanh_c)
@@ -326,7 +325,7 @@ class _PlainGate:
 
     def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
         """Make the slopes from the chunk's gates; return i [n, B, H], which may lie in their buffer."""
-        s, _, _, g = self._gates[:4, :n]
+        s, _, g, _ = self._gates[:4, :n]
         slopes = torch.sub(1, s, out=self._slopes[:n]).mul_(s).mul_(g)
         if frozen is not None:
             slopes.masked_fill_(frozen, 0)
@@ -359,7 +358,7 @@ class _FormulaGate(_PlainGate):
         self._steps = list(zip(*(part.unbind(0) for part in parts), strict=True))
 
     def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
-        s, _, _, g, z_p = self._gates[:, :n]
+        s, _, g, _, z_p = self._gates[:, :n]
         slopes, p = self._slopes[:, :n], torch.softmax(z_p, -1, out=self._softmax[:n])
         i, mean, self._rstd = self._cell.norm(s)
         slope_n, slope_p, slope_i = slopes
@@ -399,7 +398,7 @@ class _NotebookGate(_PlainGate):
         self._steps = list(zip(*(part.unbind(0) for part in (*self._slopes, self._product)), strict=True))
 
     def recompute(self, n: int, frozen: Tensor | None) -> Tensor:
-        s, _, _, g, p = self._gates[:, :n]
+        s, _, g, _, p = self._gates[:, :n]
         slope_n, slope_i = self._slopes[:, :n]
         product = torch.mul(s, p, out=self._product[:n])
         i, mean, self._rstd = self._cell.norm(product)
@@ -446,11 +445,11 @@ def _norm_input(cell: _Cell, dn: Tensor, a: Tensor, mean: Tensor, rstd: Tensor) 
 
 
 class _GateNorms:
-    """Gradient of the layer normalisations of z_f, z_g and z_o, chunk by chunk; in the public order f|g|o."""
+    """Gradient of the layer normalisations of z_f, z_g and z_o, chunk by chunk."""
 
     def __init__(self, cell: _Cell, gates: Tensor) -> None:
         self._cell, self._gates = cell, gates
-        self._gamma, self._beta = cell.gamma[1:].unsqueeze(1), cell.beta[1:].unsqueeze(1)
+        self._gamma, self._beta = cell.other_affine()
         # z less its mean, block by block in a step.
         self._z = torch.empty_like(gates[1:4].transpose(0, 1), memory_format=torch.contiguous_format)
         self.after = torch.empty_like(self._z)
@@ -458,13 +457,11 @@ class _GateNorms:
 
     def recompute(self, n: int) -> None:
         """Normalise z_f, z_g and z_o in the chunk's gates."""
-        z, units, eps = self._z[:n], self._cell.units, self._cell.eps
-        for block, private in enumerate(_PRIVATE_ORDER[1:4]):
-            z[:, block] = self._gates[private, :n]
-        self._xhat, mean, self._rstd = torch.native_layer_norm(z, units, None, None, eps)
+        z, gates = self._z[:n], self._gates[1:4, :n].transpose(0, 1)
+        z.copy_(gates)
+        self._xhat, mean, self._rstd = torch.native_layer_norm(z, self._cell.units, None, None, self._cell.eps)
         self._mean = _centre(z, mean)
-        for block, private in enumerate(_PRIVATE_ORDER[1:4]):
-            torch.addcmul(self._beta[block], self._xhat[:, block], self._gamma[block], out=self._gates[private, :n])
+        torch.addcmul(self._beta, self._xhat, self._gamma, out=gates)
 
     def step(self, t: int) -> Tensor:
         """Return dz [3, B, H] of a step from what was written to `after`."""
@@ -494,7 +491,7 @@ class _BackwardWalk:
         self.cell, self.reverse = cell, reverse
         self.dh, self.dc = dh_n.to(cell.dtype), dc_n.to(cell.dtype, copy=True)
         """[B, H] gradients of the state between chunks."""
-        self._weight_hh = weight_hh.to(cell.dtype)
+        self._weight_hh = _aligned(weight_hh, cell.dtype)
         batch, hidden = self.dc.shape
 
         def buffer(*shape: int) -> Tensor:
@@ -548,10 +545,11 @@ class _BackwardWalk:
         gates[:recurrent].flatten(1, 2).baddbmm_(h_rows, cell.weight_hh.mT)
         if self._gate_norms is not None:
             self._gate_norms.recompute(n)
-        gates[:3].sigmoid_()
-        gates[3].tanh_()
+        gates[:2].sigmoid_()
+        gates[2].tanh_()
+        gates[3].sigmoid_()
         i = self._input_gate.recompute(n, frozen)
-        _, f, o, g = gates[:4]
+        _, f, g, o = gates[:4]
         if frozen is not None:
             i.masked_fill_(frozen, 0)
             f.masked_fill_(frozen, 1)
@@ -660,6 +658,16 @@ class _ParameterSums:
             if affine is not None:
                 affine[: self._hidden] *= gate_gain
         return self._sums
+
+
+def _aligned(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `a` in a dtype, contiguous, and copied if its memory does not begin where PyTorch's own does.
+
+    A CPU's matrix product may add up in another order where memory is aligned otherwise: results would depend on where
+    a caller's tensor happens to lie.
+    """
+    a = a.to(dtype).contiguous()
+    return a.clone() if a.device.type == "cpu" and a.data_ptr() % _ALIGNMENT else a
 
 
 def _spans(steps: int, chunk: int, reverse: bool) -> list[tuple[int, int]]:
