@@ -7,8 +7,8 @@ walk over the steps only what depends on the step after.
 
 Shapes: T steps, B rows, I inputs, H units; n steps in a chunk; G gate blocks, R of them recurrent, N layer
 normalisations. Gates are in the order i|f|g|o|p. They lie block by block, [G, n, B, H], so that each is contiguous;
-their gradients lie row by row, [n, B, G·H], to meet the weights as they are. Everything is computed in fp32, or fp64 for
-fp64 tensors.
+their gradients lie row by row, [n, B, G·H], to meet the weights as they are. Everything is computed in fp32, or fp64
+for fp64 tensors.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def _run(
     if onnx_export.is_exporting():
         return onnx_export.layer(*everything, **options._asdict())
     # No row, nothing to launch: the loop has the shapes right.
-    if backend == "reference" or x.shape[1] == 0:
+    if backend == "reference" or x.shape[1] == 0 or (backend == "torch" and _is_one_plain_step(x)):
         return reference.layer(*everything, **options._asdict())
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
@@ -371,6 +371,13 @@ def _run(
     chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
     y, h_n, c_n, _ = _call_forward(*arguments, *extras, *options, backend, chunk)
     return y, h_n, c_n
+
+
+def _is_one_plain_step(x: Tensor) -> bool:
+    """Return whether x is a single step that PyTorch's own operators take at once: they cost less than one of ours."""
+    if _is_traced() or _in_transform():
+        return False
+    return x.shape[0] == 1 and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
 
 
 def _run_projected(
@@ -726,7 +733,7 @@ def _check_extras(
 ) -> _Extras:
     """Check what is given besides the eight tensors; return it as the backends take it."""
     x, h_0 = arguments[:2]
-    lengths = _check_lengths(extras.lengths, x)
+    lengths = None if extras.lengths is None else check_lengths(extras.lengths, x)
     zoneout = extras.zoneout_mask is not None or options.zoneout_h or options.zoneout_c
     if weight_hr is not None and (extras.h_mask is not None or zoneout):
         raise ValueError("weight_hr: a projected layer has no recurrent dropout and no zoneout")
@@ -747,9 +754,13 @@ def _check_extras(
     return _Extras(lengths, h_mask, extras.zoneout_mask)
 
 
-def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
+def check_lengths(lengths: Tensor, x: Tensor) -> Tensor:
+    """Return lengths [B] for x [T, B, I] as the backends take them, int32 and where x is.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: another shape; a length below 0 or above T, if they are on the CPU.
+    """
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer Tensor, got {lengths.dtype}")
     if tuple(lengths.shape) != (x.shape[1],):
@@ -757,7 +768,7 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     if lengths.is_meta and not x.is_meta:
         raise ValueError(f"lengths: expected a Tensor with values, got one on {lengths.device}")
     # On a GPU the values stay unread (that would stall the stream): the backends clamp them by comparing with t.
-    if lengths.device.type == "cpu" and lengths.numel() and _is_readable(lengths):
+    if lengths.device.type == "cpu" and lengths.numel() and is_readable(lengths):
         # PyTorch compares no unsigned integers of more than 8 bits.
         low, high = (int(v) for v in torch.aminmax(lengths.to(torch.int64)))
         if low < 0 or high > x.shape[0]:
@@ -765,7 +776,7 @@ def _check_lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
     return lengths.to(device=x.device, dtype=torch.int32)
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Return whether a tensor on the CPU has values: those of tracers and of vmap have none, or several at once."""
     return type(tensor) is Tensor and not _is_traced() and not _in_transform()
 

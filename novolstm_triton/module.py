@@ -1,5 +1,6 @@
 """The layers as modules with nn.LSTM's constructor, call and parameters: `NovoLSTM` and `LSTM`. No math."""
 
+import functools
 import numbers
 import os
 import warnings
@@ -12,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton.cells import novolstm_cell
 from novolstm_triton.checks import check_dense, is_share
-from novolstm_triton.functional import resolve_backend
+from novolstm_triton.functional import check_lengths, is_readable, resolve_backend
+from novolstm_triton.ragged import Rows
 from novolstm_triton.recurrent import (
     LSTMFunction,
     NovoLSTMFunction,
@@ -134,6 +136,10 @@ class RecurrentLayer(Recurrent):
             TypeError: a state that is no pair of tensors, or lengths that are no integers.
         """
         if isinstance(input, PackedSequence):
+            if torch.compiler.is_dynamo_compiling():
+                # Sizes depend on what it holds. The graph ends here, without a warning for each.
+                outside: Any = torch.compiler.disable(self._forward_packed)
+                return outside(input, hx, lengths)
             return self._forward_packed(input, hx, lengths)
         if input.dim() not in (2, 3):
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
@@ -147,8 +153,8 @@ class RecurrentLayer(Recurrent):
         weights = self._read_weights()
         self._check_input(x, weights[0][0]["weight_ih"])
         if hx is not None:
-            hx = self._check_state(hx, x, batched)
-        y, (h_n, c_n) = self._run(x, hx, lengths, weights)
+            hx = self._check_state(hx, x, x.shape[1], batched)
+        y, (h_n, c_n) = self._run_rows(x, hx, lengths, weights)
         if not batched:
             return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return (y.transpose(0, 1) if self.batch_first else y), (h_n, c_n)
@@ -216,20 +222,32 @@ class RecurrentLayer(Recurrent):
         if data.dim() != 2:
             raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
         check_dense(data, "input")
-        steps, batch, cpu = len(batch_sizes), int(batch_sizes[0]), batch_sizes.device
-        # Of the rows in their packed order, the longest first: row b has a step wherever more than b rows have.
-        sorted_lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device=cpu)).sum(0)
-        valid = (torch.arange(steps, device=cpu).unsqueeze(1) < sorted_lengths).to(data.device)
-        x = data.new_zeros(steps, batch, data.shape[1]).masked_scatter(valid.unsqueeze(2), data)
         weights = self._read_weights()
-        self._check_input(x, weights[0][0]["weight_ih"])
+        self._check_input(data.unsqueeze(0), weights[0][0]["weight_ih"])
+        rows = Rows.packed(batch_sizes)
         if hx is not None:
-            hx = self._check_state(hx, x, True)
+            hx = self._check_state(hx, data, len(rows.lengths), True)
             hx = hx if sorted_indices is None else (hx[0][:, sorted_indices], hx[1][:, sorted_indices])
-        y, (h_n, c_n) = self._run(x, hx, sorted_lengths, weights)
+        y, (h_n, c_n) = rows.run(functools.partial(self._run, weights=weights), data, hx)
         if unsorted_indices is not None:
             h_n, c_n = h_n[:, unsorted_indices], c_n[:, unsorted_indices]
-        return PackedSequence(y[valid], batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
+
+    def _run_rows(
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Any]]]
+    ) -> tuple[Tensor, State]:
+        """Run all layers over x [T, B, I], without most of the padding if lengths tell that it is mostly padding."""
+        rows = None
+        # Whatever else lengths may be, the function that takes them says what is wrong with it.
+        if isinstance(lengths, Tensor) and lengths.device.type == "cpu" and is_readable(lengths):
+            rows = Rows.padded(check_lengths(lengths, x), x.shape[0])
+        if rows is None:
+            return self._run(x, hx, lengths, weights)
+        order = rows.order.to(x.device)
+        hx = None if hx is None else (hx[0][:, order], hx[1][:, order])
+        y, (h_n, c_n) = rows.run(functools.partial(self._run, weights=weights), x.flatten(0, 1), hx)
+        restored = order.argsort()
+        return y.unflatten(0, x.shape[:2]), (h_n[:, restored], c_n[:, restored])
 
     def _read_weights(self) -> list[list[dict[str, Any]]]:
         """Return the functions' weights for each layer and, in it, direction."""
@@ -302,14 +320,14 @@ class RecurrentLayer(Recurrent):
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
-    def _check_state(self, hx: Any, x: Tensor, batched: bool) -> State:
-        """Check the states for x [T, B, I]; return them with their dimension of rows."""
+    def _check_state(self, hx: Any, x: Tensor, batch: int, batched: bool) -> State:
+        """Check the states for so many rows of x; return them with their dimension of rows."""
         check_pair(self, hx)
         check_state_ranks(hx, 3 if batched else 2, batched)
         h_0, c_0 = (s if batched else s.unsqueeze(1) for s in hx)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         for position, (s, units) in enumerate(((h_0, self.proj_size or self.hidden_size), (c_0, self.hidden_size))):
-            expected = (layers, x.shape[1], units)
+            expected = (layers, batch, units)
             if tuple(s.shape) != expected:
                 raise RuntimeError(f"Expected hidden[{position}] size {expected}, got {list(s.shape)}")
             check_device(x, "hidden", s)
