@@ -238,8 +238,10 @@ class RecurrentLayer(Recurrent):
     ) -> tuple[Tensor, State]:
         """Run all layers over x [T, B, I], without most of the padding if lengths tell that it is mostly padding."""
         rows = None
-        # Whatever else lengths may be, the function that takes them says what is wrong with it.
-        if isinstance(lengths, Tensor) and lengths.device.type == "cpu" and is_readable(lengths):
+        draws = self.training and (self.dropout or self.recurrent_dropout or self.zoneout_h or self.zoneout_c)
+        # Masks are those of the whole batch, whatever the lengths. What else may be wrong with lengths, the function
+        # that takes them says.
+        if isinstance(lengths, Tensor) and lengths.device.type == "cpu" and is_readable(lengths) and not draws:
             rows = Rows.padded(check_lengths(lengths, x), x.shape[0])
         if rows is None:
             return self._run(x, hx, lengths, weights)

@@ -14,6 +14,9 @@ from torch import Tensor
 _ROWS_WORTH_A_STEP = 16
 """So many rows cost about what a step costs by itself: a tile of the kernels, or the calls that a step is on a CPU."""
 
+_WORTH_A_CALL = 16 * _ROWS_WORTH_A_STEP
+"""Steps times rows that cost about what a bucket costs by itself."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -35,7 +38,7 @@ class Rows:
         """Return the rows of a PackedSequence, in its order, by how many of them have each step [T]."""
         tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         batch: Any = batch_sizes[0] if tracing else int(batch_sizes[0])
-        order = torch.arange(batch)
+        order = torch.arange(batch, device=batch_sizes.device)
         # The longest come first: row b has a step wherever more than b rows have.
         lengths = (batch_sizes.unsqueeze(1) > order).sum(0)
         buckets = [(0, batch)] if tracing else cut(lengths)
@@ -49,7 +52,9 @@ class Rows:
             return None
         ordered, order = lengths.to(torch.int64).sort(descending=True, stable=True)
         buckets = cut(ordered)
-        return cls(ordered, steps, torch.arange(steps) * batch, order, buckets) if len(buckets) > 1 else None
+        if len(buckets) == 1:
+            return None
+        return cls(ordered, steps, torch.arange(steps, device=lengths.device) * batch, order, buckets)
 
     def run(self, layers: Callable[..., Any], data: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run layers over the rows, bucket by bucket.
@@ -67,7 +72,7 @@ class Rows:
             own, rows = self.lengths[first:last], last - first
             # A row without steps has its state, and so needs a step that is padding.
             steps = self.steps if len(self.buckets) == 1 else max(1, int(own[0]))
-            t, row = (torch.arange(steps).unsqueeze(1) < own).nonzero().unbind(1)
+            t, row = (torch.arange(steps, device=own.device).unsqueeze(1) < own).nonzero().unbind(1)
             slots = (t * rows + row).to(data.device)
             place = (self.offsets[t] + self.order[first + row]).to(data.device)
             x = data.new_zeros(steps * rows, data.shape[1]).index_copy(0, slots, data.index_select(0, place))
@@ -93,15 +98,18 @@ def cut(lengths: Tensor) -> list[tuple[int, int]]:
         The first row of each bucket and the one after its last.
     """
 
+    def cost(steps: Any, rows: Any) -> Any:
+        return steps * (rows + _ROWS_WORTH_A_STEP) + _WORTH_A_CALL
+
     def parts(first: int, last: int) -> list[tuple[int, int]]:
         own, rows = lengths[first:last], last - first
         longest = int(own[0])
         if longest * rows > 2 * int(own.sum()):
-            # The cost of a cut before each of the rows but the first.
-            above = torch.arange(1, rows)
-            costs = longest * (above + _ROWS_WORTH_A_STEP) + own[1:] * (rows - above + _ROWS_WORTH_A_STEP)
+            # Before each of the rows but the first.
+            above = torch.arange(1, rows, device=own.device)
+            costs = cost(longest, above) + cost(own[1:], rows - above)
             best = int(costs.argmin())
-            if int(costs[best]) < longest * (rows + _ROWS_WORTH_A_STEP):
+            if int(costs[best]) < cost(longest, rows):
                 middle = first + 1 + best
                 return parts(first, middle) + parts(middle, last)
         return [(first, last)]

@@ -233,7 +233,8 @@ def test_a_single_cell_in_a_loop(kind):
     compiled = torch.compile(loop, backend="aot_eager", fullgraph=True)
     state = (torch.randn(B, H), torch.randn(B, H))
     for h, expected in zip(compiled(sequence(), state), loop(sequence(), state), strict=True):
-        assert torch.equal(h, expected)
+        # A graph has an operator where a call outside one takes PyTorch's own: another order of sums.
+        torch.testing.assert_close(h, expected)
 
 
 def test_transforms_within_a_graph_name_the_way_out():
