@@ -1,22 +1,35 @@
-"""NovoLSTM on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
+"""Layers on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
 
-`test_ratio` alternates the two layers, so that whatever else the machine does meets both, and holds the ratio of
-forward + backward under its bound. Other layers and sizes, one at a time: bench_throughput.py.
+Two layers alternate, so that whatever else the machine does meets both, and the ratio of their times is held under its
+bound: `test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. One layer at
+a time, and other sizes: bench_throughput.py.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from novolstm_triton import NovoLSTM
+from novolstm_triton import LSTM, LSTMCell, NovoLSTM
 
 # (T, B, I, H): the bound on time(NovoLSTM) / time(nn.LSTM), forward + backward.
 BOUNDS = {(256, 32, 256, 256): 3.0, (1024, 8, 128, 128): 3.0, (512, 64, 256, 512): 3.0, (256, 1, 256, 256): 4.0}
 IDS = ["T{}-B{}-I{}-H{}".format(*sizes) for sizes in BOUNDS]
 LAYERS = {"novolstm": NovoLSTM, "nn.LSTM": torch.nn.LSTM}
+
+# Of calls of one step, 4 rows, I = H = 32, without and with a graph for backward.
+STEP_BOUND = 2.0
+STEPS = {
+    "cell": (LSTMCell, torch.nn.LSTMCell, {}, (4, 32)),
+    "layer": (LSTM, torch.nn.LSTM, {}, (1, 4, 32)),
+    "stacked": (LSTM, torch.nn.LSTM, dict(num_layers=2), (1, 4, 32)),
+    "bidirectional": (LSTM, torch.nn.LSTM, dict(bidirectional=True), (1, 4, 32)),
+}
+CALLS = 200
+"""Calls of a step that are timed together."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +59,28 @@ def rounds_of(sizes: tuple[int, int, int, int]) -> int:
     return min(41, max(7, 2**36 // (steps * batch * (inputs + hidden) * 5 * hidden)))
 
 
-@pytest.mark.parametrize("sizes", BOUNDS, ids=IDS)
-def test_ratio(benchmark, sizes):
-    jobs = {name: job(layer_type, sizes) for name, layer_type in LAYERS.items()}
+def step_job(layer_type: type[torch.nn.Module], options: dict[str, Any], shape: tuple[int, ...]) -> Callable[[], None]:
+    """Return a function that calls a layer or cell `CALLS` times with one step, each with the state of the last."""
+    layer, x = layer_type(32, 32, **options), torch.randn(shape)
+    is_cell = isinstance(layer, (LSTMCell, torch.nn.LSTMCell))
+
+    def calls() -> None:
+        state = layer(x) if is_cell else layer(x)[1]
+        for _ in range(CALLS):
+            # Without their history, which would grow.
+            state = tuple(s.detach() for s in state)
+            state = layer(x, state) if is_cell else layer(x, state)[1]
+
+    return calls
+
+
+def ratio_of(benchmark: Any, jobs: dict[str, Callable[[], None]], rounds: int) -> float:
+    """Alternate two jobs; return the median ratio of the first one's time to the second's."""
     times_ms = {name: [] for name in jobs}
 
     def alternate() -> None:
         # Each is first every other round.
-        for name in list(jobs)[:: 1 if len(times_ms["novolstm"]) % 2 else -1]:
+        for name in list(jobs)[:: 1 if len(next(iter(times_ms.values()))) % 2 else -1]:
             start = time.perf_counter()
             jobs[name]()
             times_ms[name].append((time.perf_counter() - start) * 1e3)
@@ -61,11 +88,30 @@ def test_ratio(benchmark, sizes):
     for _ in range(2):
         for run in jobs.values():
             run()
-    benchmark.group = "ratio"
-    benchmark.pedantic(alternate, rounds=rounds_of(sizes))
+    benchmark.pedantic(alternate, rounds=rounds)
     ratio = statistics.median(a / b for a, b in zip(*times_ms.values(), strict=True))
     for name, times in times_ms.items():
         benchmark.extra_info[f"{name} median ms"] = round(statistics.median(times), 2)
     benchmark.extra_info["ratio"] = round(ratio, 3)
+    return ratio
+
+
+@pytest.mark.parametrize("sizes", BOUNDS, ids=IDS)
+def test_ratio(benchmark, sizes):
+    benchmark.group = "ratio"
+    jobs = {name: job(layer_type, sizes) for name, layer_type in LAYERS.items()}
+    ratio = ratio_of(benchmark, jobs, rounds_of(sizes))
     print(f"\n{sizes}: {ratio:.2f} times nn.LSTM")
     assert ratio <= BOUNDS[sizes]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("name", STEPS)
+def test_ratio_of_a_step(benchmark, name, grad):
+    benchmark.group = "ratio of a step"
+    *types, options, shape = STEPS[name]
+    with torch.set_grad_enabled(grad):
+        jobs = {kind.__module__.partition(".")[0]: step_job(kind, options, shape) for kind in types}
+        ratio = ratio_of(benchmark, jobs, 21)
+    print(f"\n{name}, {'with' if grad else 'without'} a graph: {ratio:.2f} times PyTorch's")
+    assert ratio <= STEP_BOUND

@@ -361,7 +361,7 @@ def _run(
     if onnx_export.is_exporting():
         return onnx_export.layer(*everything, **options._asdict())
     # No row, nothing to launch: the loop has the shapes right.
-    if backend == "reference" or x.shape[1] == 0 or (backend == "torch" and _is_one_plain_step(x)):
+    if backend == "reference" or x.shape[1] == 0 or (x.shape[0] == 1 and takes_plain_steps(x, backend)):
         return reference.layer(*everything, **options._asdict())
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)
@@ -373,11 +373,14 @@ def _run(
     return y, h_n, c_n
 
 
-def _is_one_plain_step(x: Tensor) -> bool:
-    """Return whether x is a single step that PyTorch's own operators take at once: they cost less than one of ours."""
-    if _is_traced() or _in_transform():
+def takes_plain_steps(x: Tensor, backend: str) -> bool:
+    """Return whether single steps of x run in PyTorch's own operators: on a CPU one of ours costs more than a step.
+
+    Not where a call is recorded, where it should be one node, nor in 16 bits, which are computed in fp32.
+    """
+    if _is_traced() or _in_transform() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return x.shape[0] == 1 and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    return resolve_backend(backend, x.device) == "torch" and not autocast_is_on(x.device)
 
 
 def _run_projected(

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton.cells import novolstm_cell
 from novolstm_triton.checks import check_dense, is_share
-from novolstm_triton.functional import check_lengths, is_readable, resolve_backend
+from novolstm_triton.functional import check_lengths, is_readable, resolve_backend, takes_plain_steps
 from novolstm_triton.ragged import Rows
 from novolstm_triton.recurrent import (
     LSTMFunction,
@@ -280,6 +280,11 @@ class RecurrentLayer(Recurrent):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
         (steps, batch, _), directions = x.shape, len(weights)
+        if steps == 1 and lengths is None and not self._is_more_than_a_cell() and takes_plain_steps(x, self.backend):
+            pairs = ((None, None) if h_0 is None or c_0 is None else (h_0[d], c_0[d]) for d in range(directions))
+            after = [self._step(x[0], h, c, own) for (h, c), own in zip(pairs, weights, strict=True)]
+            h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
+            return torch.cat([h for h, _ in after], dim=-1).unsqueeze(0), h_n, c_n
         h_mask, zoneout_mask = None, None
         options: dict[str, Any] = dict(lengths=lengths, backend=self.backend)
         if self.training and self.recurrent_dropout:
@@ -303,6 +308,10 @@ class RecurrentLayer(Recurrent):
             )
         y, h_n, c_n = zip(*results, strict=True)
         return (torch.cat(y, dim=-1) if directions == 2 else y[0]), torch.stack(h_n), torch.stack(c_n)
+
+    def _is_more_than_a_cell(self) -> bool:
+        """Return whether a step of the layer does more than its cell's equations."""
+        return bool(self.proj_size or self.recurrent_dropout or self.zoneout_h or self.zoneout_c)
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"] if self.bidirectional else [f"_l{layer}"]

@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
+from novolstm_triton import reference
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, check_finite
 from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm
@@ -72,6 +74,10 @@ class Recurrent(nn.Module):
         """Call the cell's function over x [T, B, I]."""
         raise NotImplementedError
 
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+        """Take a single step of x [B, I] in PyTorch's own operators, differentiable by autograd."""
+        raise NotImplementedError
+
 
 class LSTMFunction(Recurrent):
     """A module around the plain LSTM."""
@@ -80,6 +86,11 @@ class LSTMFunction(Recurrent):
         self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         return lstm(x, h_0, c_0, **weights, **options)
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+        if h is None or c is None:
+            h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        return torch.lstm_cell(x, (h, c), weights["weight_ih"], weights["weight_hh"], weights["bias"])
 
 
 class NovoLSTMFunction(Recurrent):
@@ -115,9 +126,19 @@ class NovoLSTMFunction(Recurrent):
     def _call(
         self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gain = float(self.hidden_size if self.gate_gain == "hidden" else self.gate_gain)
-        own = dict(eps=self.ln_eps, gate_gain=gain, variant=self.variant, layer_norm=self.layer_norm)
+        own = dict(eps=self.ln_eps, gate_gain=self._gain(), variant=self.variant, layer_norm=self.layer_norm)
         return novolstm(x, h_0, c_0, **weights, **own, **options)
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+        if h is None or c is None:
+            h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        if weights["bias"] is None:
+            weights = weights | {"bias": x.new_zeros(())}
+        cell = novolstm_cell(self.variant, self.layer_norm)
+        return reference.step(x, h, c, **weights, eps=self.ln_eps, gate_gain=self._gain(), cell=cell)
+
+    def _gain(self) -> float:
+        return float(self.hidden_size if self.gate_gain == "hidden" else self.gate_gain)
 
 
 def parameter_shapes(

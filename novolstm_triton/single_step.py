@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from novolstm_triton.cells import novolstm_cell
 from novolstm_triton.checks import check_dense
+from novolstm_triton.functional import takes_plain_steps
 from novolstm_triton.recurrent import (
     LSTMFunction,
     NovoLSTMFunction,
@@ -71,7 +72,10 @@ class SingleCell(Recurrent):
         h_0, c_0 = (None, None) if hx is None else self._check_state(hx, batched)
         weights = layer_weights(self, "")
         self._check(x, h_0, c_0, weights["weight_ih"])
-        _, h, c = self._call(x.unsqueeze(0), h_0, c_0, weights, backend=self.backend)
+        if takes_plain_steps(x, self.backend):
+            h, c = self._step(x, h_0, c_0, weights)
+        else:
+            _, h, c = self._call(x.unsqueeze(0), h_0, c_0, weights, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
     def _check_state(self, hx: Any, batched: bool) -> State:
