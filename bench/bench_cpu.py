@@ -1,8 +1,8 @@
 """Layers on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
 
 Two layers alternate, so that whatever else the machine does meets both, and the ratio of their times is held under its
-bound: `test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. One layer at
-a time, and other sizes: bench_throughput.py.
+bound: `test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. For one
+layer at a time, and other sizes: bench_throughput.py.
 """
 
 import statistics

@@ -380,7 +380,7 @@ def takes_plain_steps(x: Tensor, backend: str) -> bool:
     """
     if _is_traced() or _in_transform() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return resolve_backend(backend, x.device) == "torch" and not autocast_is_on(x.device)
+    return not torch.is_autocast_enabled("cpu") and resolve_backend(backend, x.device) == "torch"
 
 
 def _run_projected(

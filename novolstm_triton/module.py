@@ -234,7 +234,7 @@ class RecurrentLayer(Recurrent):
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), (h_n, c_n)
 
     def _run_rows(
-        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Any]]]
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Tensor]]]
     ) -> tuple[Tensor, State]:
         """Run all layers over x [T, B, I], without most of the padding if lengths tell that it is mostly padding."""
         rows = None
@@ -251,12 +251,12 @@ class RecurrentLayer(Recurrent):
         restored = order.argsort()
         return y.unflatten(0, x.shape[:2]), (h_n[:, restored], c_n[:, restored])
 
-    def _read_weights(self) -> list[list[dict[str, Any]]]:
-        """Return the functions' weights for each layer and, in it, direction."""
+    def _read_weights(self) -> list[list[dict[str, Tensor]]]:
+        """Return the weights of each layer and, in it, direction."""
         return [[layer_weights(self, suffix) for suffix in self._suffixes(k)] for k in range(self.num_layers)]
 
     def _run(
-        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Any]]]
+        self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Tensor]]]
     ) -> tuple[Tensor, State]:
         """Run all layers over x [T, B, I], with everything checked."""
         h_n, c_n, directions = [], [], 2 if self.bidirectional else 1
@@ -276,7 +276,7 @@ class RecurrentLayer(Recurrent):
         h_0: Tensor | None,
         c_0: Tensor | None,
         lengths: Tensor | None,
-        weights: list[dict[str, Any]],
+        weights: list[dict[str, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
         (steps, batch, _), directions = x.shape, len(weights)
@@ -296,8 +296,7 @@ class RecurrentLayer(Recurrent):
                 zoneout_mask = draw_zoneout_mask(shape, self.zoneout_h, self.zoneout_c, x.device)
         # One call for both directions where one launch takes both; elsewhere nothing is gained by stacking the weights.
         if directions == 2 and not self.proj_size and resolve_backend(self.backend, x.device) == "triton":
-            pairs = {name: [w[name] for w in weights] for name in weights[0]}
-            stacked = {name: None if pair[0] is None else torch.stack(pair) for name, pair in pairs.items()}
+            stacked = {name: torch.stack([w[name] for w in weights]) for name in weights[0]}
             return self._call(x, h_0, c_0, stacked, h_mask=h_mask, zoneout_mask=zoneout_mask, **options)
         results = []
         for d, own in enumerate(weights):

@@ -69,12 +69,12 @@ class Recurrent(nn.Module):
         yield from {"bias": True, "backend": "auto"}.items()
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Call the cell's function over x [T, B, I]."""
         raise NotImplementedError
 
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
         """Take a single step of x [B, I] in PyTorch's own operators, differentiable by autograd."""
         raise NotImplementedError
 
@@ -83,14 +83,15 @@ class LSTMFunction(Recurrent):
     """A module around the plain LSTM."""
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return lstm(x, h_0, c_0, **weights, **options)
+        return lstm(x, h_0, c_0, **with_one_bias(weights), **options)
 
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
         if h is None or c is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
-        return torch.lstm_cell(x, (h, c), weights["weight_ih"], weights["weight_hh"], weights["bias"])
+        biases = weights.get("bias_ih"), weights.get("bias_hh")
+        return torch.lstm_cell(x, (h, c), weights["weight_ih"], weights["weight_hh"], *biases)
 
 
 class NovoLSTMFunction(Recurrent):
@@ -124,16 +125,17 @@ class NovoLSTMFunction(Recurrent):
         yield "gate_gain", 1.0
 
     def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Any], **options: Any
+        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         own = dict(eps=self.ln_eps, gate_gain=self._gain(), variant=self.variant, layer_norm=self.layer_norm)
-        return novolstm(x, h_0, c_0, **weights, **own, **options)
+        return novolstm(x, h_0, c_0, **with_one_bias(weights), **own, **options)
 
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Any]) -> State:
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
         if h is None or c is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        weights = with_one_bias(weights)
         if weights["bias"] is None:
-            weights = weights | {"bias": x.new_zeros(())}
+            weights["bias"] = x.new_zeros(())
         cell = novolstm_cell(self.variant, self.layer_norm)
         return reference.step(x, h, c, **weights, eps=self.ln_eps, gate_gain=self._gain(), cell=cell)
 
@@ -160,19 +162,24 @@ def parameter_shapes(
     return shapes
 
 
-def layer_weights(module: Recurrent, suffix: str) -> dict[str, Any]:
-    """Return the parameters with a suffix, the two biases added, as the functions' keyword arguments.
+def layer_weights(module: Recurrent, suffix: str) -> dict[str, Tensor]:
+    """Return the parameters with a suffix by their names without it, but for those that are None.
 
     Every parameter is read once, and a call reads none elsewhere: a parametrization computes, or draws, its weight at
     every look. That is also why no default is given to `getattr`, with which torch.compile looks twice.
     """
     read = {name: getattr(module, name + suffix) for name in module._parameter_names}
-    weights = {name: w for name, w in read.items() if w is not None}
-    bias, recurrent = weights.pop("bias_ih", None), weights.pop("bias_hh", None)
+    return {name: w for name, w in read.items() if w is not None}
+
+
+def with_one_bias(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return a layer's weights as the functions' keyword arguments: the two biases added, or None."""
+    others = {name: w for name, w in weights.items() if not name.startswith("bias_")}
+    bias, recurrent = weights.get("bias_ih"), weights.get("bias_hh")
     if bias is not None and recurrent is not None:
-        missing = bias.shape[0] - recurrent.shape[0]
+        missing = bias.shape[-1] - recurrent.shape[-1]
         bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
-    return weights | {"bias": bias}
+    return others | {"bias": bias}
 
 
 def _fx_tracer(values: Iterable[Any]) -> Tracer | None:
@@ -209,7 +216,7 @@ def check_backend(backend: Any) -> None:
 
 def check_pair(owner: nn.Module, hx: Any) -> None:
     """Raise TypeError unless a state is a pair of ordinary tensors."""
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(s, Tensor) for s in hx):
+    if not (isinstance(hx, (tuple, list)) and len(hx) == 2 and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor)):
         raise TypeError(f"{type(owner).__name__}: expected the state hx to be a tuple (h_0, c_0), got {_described(hx)}")
     for position, state in enumerate(hx):
         check_dense(state, f"hx[{position}]")
