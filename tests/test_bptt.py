@@ -305,3 +305,24 @@ def test_more_steps_than_sixteen_bits_count():
     tail = novolstm(x[-500:], *others, backend="torch")
     torch.testing.assert_close(whole[0][-100:], tail[0][-100:])
     torch.testing.assert_close(whole[1:], tail[1:])
+
+
+def moved(a: Tensor, offset: int) -> Tensor:
+    """Return a copy that begins so many elements after a multiple of 64 bytes."""
+    buffer = a.new_empty(a.numel() + 32)
+    begin = -(buffer.data_ptr() // a.element_size()) % 16 + offset
+    return buffer[begin : begin + a.numel()].view(a.shape).copy_(a)
+
+
+@pytest.mark.parametrize("chunk", [4, 7])
+def test_results_do_not_depend_on_where_tensors_lie(chunk, chunk_of):
+    """A CPU's products of the same matrices, elsewhere in memory, may add up in another order."""
+    chunk_of(chunk)
+    inputs, _, grads = Problem(steps=7, batch=3, hidden=6, inputs_size=5).draw()
+    found = set()
+    for offset in range(16):
+        leaves = [moved(a.float(), (offset + 3 * k) % 16).requires_grad_() for k, a in enumerate(inputs)]
+        results = novolstm(*leaves, backend="torch")
+        gradients = torch.autograd.grad(results, leaves, [moved(g.float(), offset) for g in grads])
+        found.add(b"".join(a.detach().contiguous().numpy().tobytes() for a in (*results, *gradients)))
+    assert len(found) == 1
