@@ -1,6 +1,7 @@
 """Single cells as modules with nn.LSTMCell's constructor, call and parameters: `NovoLSTMCell` and `LSTMCell`.
 
-A call is a sequence of one step. For many steps whose inputs are known, the layers of `module.py` are much faster.
+A call is a sequence of one step; on a CPU it runs in PyTorch's own operators. For many steps whose inputs are known,
+the layers of `module.py` are much faster.
 """
 
 from typing import Any
