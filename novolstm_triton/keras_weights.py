@@ -13,7 +13,7 @@ from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.convert import check_fixed
 from novolstm_triton.keras_files import read_layer
 from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
-from novolstm_triton.recurrent import layer_weights
+from novolstm_triton.recurrent import layer_weights, with_one_bias
 
 KERAS_EPS = 1e-3
 """Default ε of Keras's LayerNormalization."""
@@ -227,7 +227,7 @@ def _check_counterpart(layer: RecurrentLayer) -> None:
 def _own_weights(layer: RecurrentLayer) -> list[dict[str, Any]]:
     suffixes = ("_l0", "_l0_reverse") if layer.bidirectional else ("_l0",)
     with torch.no_grad():
-        return [layer_weights(layer, suffix) for suffix in suffixes]
+        return [with_one_bias(layer_weights(layer, suffix)) for suffix in suffixes]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

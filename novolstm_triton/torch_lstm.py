@@ -48,7 +48,7 @@ class TorchLSTM(LSTM, pytorch.LSTM):
     """
 
     # nn.LSTM keeps them in the instance, where LSTM computes them.
-    _all_weights: list[list[str]] = []  # noqa: RUF012
+    _all_weights: Any = []  # noqa: RUF012  # pyright: ignore[reportIncompatibleMethodOverride]
     all_weights: Any = pytorch.LSTM.all_weights
     flatten_parameters: Any = pytorch.LSTM.flatten_parameters
 
