@@ -361,7 +361,7 @@ def _run(
     if onnx_export.is_exporting():
         return onnx_export.layer(*everything, **options._asdict())
     # No row, nothing to launch: the loop has the shapes right.
-    if backend == "reference" or x.shape[1] == 0 or (x.shape[0] == 1 and takes_plain_steps(x, backend)):
+    if backend == "reference" or x.shape[1] == 0 or (takes_plain_steps(x, backend) and x.shape[0] == 1):
         return reference.layer(*everything, **options._asdict())
     if weight_hr is not None:
         return _run_projected(arguments, weight_hr, has_h_0, extras, options, backend)

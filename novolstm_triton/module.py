@@ -280,7 +280,8 @@ class RecurrentLayer(Recurrent):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return one layer's y [T, B, D·P], h_n [D, B, P] and c_n [D, B, H]; the states [D, B, ·] may be None."""
         (steps, batch, _), directions = x.shape, len(weights)
-        if steps == 1 and lengths is None and not self._is_more_than_a_cell() and takes_plain_steps(x, self.backend):
+        # The number of steps last: looked at in a graph, it would be no longer free.
+        if lengths is None and not self._is_more_than_a_cell() and takes_plain_steps(x, self.backend) and steps == 1:
             pairs = ((None, None) if h_0 is None or c_0 is None else (h_0[d], c_0[d]) for d in range(directions))
             after = [self._step(x[0], h, c, own) for (h, c), own in zip(pairs, weights, strict=True)]
             h_n, c_n = (torch.stack(states) for states in zip(*after, strict=True))
