@@ -24,6 +24,7 @@ from novolstm_triton.recurrent import (
     check_device,
     check_pair,
     check_positive,
+    check_sizes,
     check_state_ranks,
     layer_weights,
     parameter_shapes,
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 class RecurrentLayer(Recurrent):
     """What `NovoLSTM` and `LSTM` have in common: nn.LSTM's surface around a cell. Not to be used itself."""
+
+    _built: tuple[int, bool, bool]
+    """num_layers, bidirectional and bias of the parameters; the attributes may be changed later."""
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class RecurrentLayer(Recurrent):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = proj_size
+        self._built = (num_layers, bidirectional, bias)
         self._set_regularisers(recurrent_dropout, zoneout_h, zoneout_c)
 
         output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
@@ -109,6 +114,23 @@ class RecurrentLayer(Recurrent):
         """Their names."""
         suffixes = (suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer))
         return [[name + suffix for name in self._parameter_names] for suffix in suffixes]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        """The names in one list."""
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        """The parameters in the order of `_flat_weights_names`; a new list, read from their names, at every look."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        """Refuse a list, which the layer would not read."""
+        raise AttributeError(
+            f"_flat_weights: {type(self).__name__} reads its parameters by name at every call: set those instead"
+        )
 
     def forward(
         self,
@@ -252,8 +274,33 @@ class RecurrentLayer(Recurrent):
         return y.unflatten(0, x.shape[:2]), (h_n[:, restored], c_n[:, restored])
 
     def _read_weights(self) -> list[list[dict[str, Tensor]]]:
-        """Return the weights of each layer and, in it, direction."""
-        return [[layer_weights(self, suffix) for suffix in self._suffixes(k)] for k in range(self.num_layers)]
+        """Return the weights of each layer and, in it, direction.
+
+        Raises:
+            ValueError: attributes were changed so that the parameters do not fit.
+        """
+        if self._built != (self.num_layers, self.bidirectional, self.bias):
+            self._check_as_built()
+        weights = [[layer_weights(self, suffix) for suffix in self._suffixes(k)] for k in range(self.num_layers)]
+        check_sizes(weights[0][0], self.hidden_size, self.proj_size)
+        return weights
+
+    def _check_as_built(self) -> None:
+        """Raise ValueError if an attribute asks for parameters that the layer has not, or leaves some out.
+
+        A lower num_layers is taken, as nn.LSTM takes it: the lower layers run.
+        """
+        layers, bidirectional, bias = self._built
+        for name, built in (("bidirectional", bidirectional), ("bias", bias)):
+            if (now := getattr(self, name)) != built:
+                raise ValueError(
+                    f"{name}: expected {built}, with which the layer was built, got {now}: build a new one"
+                )
+        if not 1 <= self.num_layers <= layers:
+            raise ValueError(
+                f"num_layers: expected 1 to {layers}, with which the layer was built, got {self.num_layers}: "
+                "build a new one"
+            )
 
     def _run(
         self, x: Tensor, hx: State | None, lengths: Tensor | None, weights: list[list[dict[str, Tensor]]]
@@ -390,6 +437,9 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
         ValueError: an argument out of range.
     """
 
+    mode = "NovoLSTM"
+    """What nn.RNNBase calls its cell, for code that asks which states there are."""
+
     def __init__(
         self,
         input_size: int,
@@ -514,6 +564,9 @@ class LSTM(LSTMFunction, RecurrentLayer):
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range.
     """
+
+    mode = "LSTM"
+    """What nn.LSTM calls its cell, for code that asks which states there are."""
 
     def __init__(
         self,

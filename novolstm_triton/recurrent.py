@@ -38,7 +38,15 @@ class Recurrent(nn.Module):
 
         Tracers of torch.fx take only modules of torch.nn whole, and trace into all others. Here and not in `forward`,
         because hooks belong to the module that the node calls: they must not run while tracing.
+
+        Raises:
+            TypeError: more than two positional arguments.
         """
+        if len(args) > 2:
+            raise TypeError(
+                f"{type(self).__name__}: expected input and hx, got {len(args)} positional arguments; "
+                "a layer's lengths are given by name, lengths=..."
+            )
         tracer = _fx_tracer((*args, *kwargs.values()))
         if tracer is None:
             return super().__call__(*args, **kwargs)
@@ -180,6 +188,18 @@ def with_one_bias(weights: dict[str, Tensor]) -> dict[str, Any]:
         missing = bias.shape[-1] - recurrent.shape[-1]
         bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
     return others | {"bias": bias}
+
+
+def check_sizes(weights: dict[str, Any], hidden_size: int, proj_size: int = 0) -> None:
+    """Raise ValueError if a module's sizes have been changed and its parameters have not."""
+    recurrent, projection = weights["weight_hh"], weights.get("weight_hr")
+    if recurrent.shape[1] != (proj_size or hidden_size) or (
+        projection is not None and projection.shape[1] != hidden_size
+    ):
+        raise ValueError(
+            f"hidden_size={hidden_size}, proj_size={proj_size}: expected the sizes of the parameters, got weight_hh of "
+            f"shape {list(recurrent.shape)}: build a new module, or change the parameters, too"
+        )
 
 
 def _fx_tracer(values: Iterable[Any]) -> Tracer | None:

@@ -19,6 +19,7 @@ from novolstm_triton.recurrent import (
     State,
     check_device,
     check_pair,
+    check_sizes,
     check_state_ranks,
     layer_weights,
     parameter_shapes,
@@ -72,6 +73,7 @@ class SingleCell(Recurrent):
         x = input if batched else input.unsqueeze(0)
         h_0, c_0 = (None, None) if hx is None else self._check_state(hx, batched)
         weights = layer_weights(self, "")
+        check_sizes(weights, self.hidden_size)
         self._check(x, h_0, c_0, weights["weight_ih"])
         if takes_plain_steps(x, self.backend):
             h, c = self._step(x, h_0, c_0, weights)

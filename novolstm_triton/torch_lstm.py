@@ -48,7 +48,8 @@ class TorchLSTM(LSTM, pytorch.LSTM):
     """
 
     # nn.LSTM keeps them in the instance, where LSTM computes them.
-    _all_weights: Any = []  # noqa: RUF012  # pyright: ignore[reportIncompatibleMethodOverride]
+    _all_weights: Any = ()  # pyright: ignore[reportIncompatibleMethodOverride]
+    _flat_weights_names: Any = ()  # pyright: ignore[reportIncompatibleMethodOverride]
     all_weights: Any = pytorch.LSTM.all_weights
     flatten_parameters: Any = pytorch.LSTM.flatten_parameters
 
@@ -74,6 +75,7 @@ class TorchLSTM(LSTM, pytorch.LSTM):
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         pytorch.LSTM.__init__(self, *sizes, device=device, dtype=dtype)
         self._parameter_names = tuple(parameter_shapes("lstm", input_size, hidden_size, bias, proj_size))
+        self._built = (num_layers, bidirectional, bias)
         self._set_regularisers(recurrent_dropout, zoneout_h, zoneout_c)
         self.backend = backend
 
@@ -86,14 +88,7 @@ class TorchLSTM(LSTM, pytorch.LSTM):
             _EAGER.append(torch.compiler.disable(LSTM.forward))
         return _EAGER[0](self, input, hx, **options)
 
-    @property
-    def _flat_weights(self) -> list[Any]:
-        """The weights in the order of `_flat_weights_names`.
-
-        nn.LSTM keeps a list, which goes stale under parametrizations and stands in the way of a deep copy then.
-        """
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
+    # nn.LSTM keeps a list, which goes stale under parametrizations and stands in the way of a deep copy then.
+    @LSTM._flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:
         """Take nn.LSTM's list and do nothing with it."""
