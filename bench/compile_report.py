@@ -248,8 +248,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-spins", type=int, help="bound every wait, for finding mistakes")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile; 1: in this one")
     return parser.parse_args()
+
+
+class _Here(concurrent.futures.Executor):
+    """Runs everything at once in this process."""
+
+    def submit(self, function, /, *args, **kwargs) -> concurrent.futures.Future:
+        """Return what the function made of its arguments, or raised."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def main() -> int:
@@ -274,7 +287,10 @@ def main() -> int:
     rows, failed = [], 0
     # Fresh processes: the compilers are not made for a fork of a process with threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
+    pool = (
+        _Here() if arguments.jobs == 1 else concurrent.futures.ProcessPoolExecutor(arguments.jobs, mp_context=context)
+    )
+    with pool:
         texts: dict[tuple, concurrent.futures.Future] = {}
         futures = []
         for case in cases:

@@ -99,13 +99,18 @@ def test_self_check_ends_in_time(doctor, monkeypatch):
     assert "1 of 3" in text
 
 
-def test_kernels_are_checked_in_the_interpreter(doctor, monkeypatch):
+@pytest.mark.parametrize(
+    "checks", [pytest.param(1, id="one-problem"), pytest.param(3, id="all-problems", marks=pytest.mark.exhaustive)]
+)
+def test_kernels_are_checked_in_the_interpreter(checks, doctor, monkeypatch):
     monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
+    monkeypatch.setattr("novolstm_triton.doctor.CHECK_S", -1.0 if checks == 1 else 600.0)
     code, text = doctor(*SMALL)
     assert code == 0, text
     assert '"auto" is          triton: NOVOLSTM_BACKEND is set so' in text
     assert "Plan on interpreter" in text
     assert "Self-check: triton on cpu" in text
+    assert f"{checks} of 3" in text
     assert all(error <= bound for error, bound in errors_of(text).values())
 
 

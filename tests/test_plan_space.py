@@ -21,7 +21,13 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(device, id=device.name, marks=[pytest.mark.exhaustive] if device is not DEVICES[0] else [])
+        for device in DEVICES
+    ],
+)
 def test_plans_of_a_device(device):
     assert device_row(device) in read_rows(DEVICE_TABLE)
 
@@ -30,6 +36,7 @@ def test_table_has_every_protocol():
     assert survey(DEVICES[0]).protocols == set(ROWS)
 
 
+@pytest.mark.covering(1, of=lambda kind: kind)
 @pytest.mark.parametrize("kind", ROWS, ids=lambda kind: "-".join(map(str, kind)))
 def test_programs_do_the_same_and_need_nothing_later(kind):
     assert protocol_row(kind) == ROWS[kind]

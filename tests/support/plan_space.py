@@ -10,6 +10,7 @@ been done, and it goes on. So some program can always go on, whatever the schedu
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -250,6 +251,7 @@ class Survey:
     flaws: list[str] = dataclasses.field(default_factory=list)
 
 
+@functools.cache
 def survey(device: Device) -> Survey:
     """Look at every plan for a device."""
     result = Survey()
