@@ -89,7 +89,7 @@ class Worker:
         raise Lost(at, reason)
 
     def kill(self) -> None:
-        """End the process and its children, whatever they are at."""
+        """End the process and its children, whatever they are doing."""
         # Once only: its number may be another process's by now.
         if self._killed:
             return

@@ -115,7 +115,7 @@ GPUS = {"H100": H100, "H200": H200, "A100": A100}
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """Return the constants of the device that PyTorch calls `name`, "NVIDIA H200" for one; None if there are none."""
+    """Return the constants of the device that PyTorch calls `name`, like "NVIDIA H200"; None if they are unknown."""
     return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 

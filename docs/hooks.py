@@ -1,8 +1,8 @@
-"""What the site does to text that is written for the repository, too.
+"""What the site changes in text that is also read in the repository.
 
 A name in backticks that begins with `novolstm_triton.` becomes a link, in pages and in docstrings; one that no page
-describes is a warning of the build, like any other broken reference. A link to a source file, which the site has not,
-becomes its text.
+describes is a warning of the build, like any other broken reference. A link to a source file, which is not part of the
+site, becomes its text.
 """
 
 import re

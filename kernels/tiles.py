@@ -46,7 +46,7 @@ def load_rows(ptr, unit, is_unit, COUNT: tl.constexpr, HIDDEN: tl.constexpr):
 
 @triton.jit
 def load_zoneout_mask(zoneout_mask_ptr, t, step_size, place, mask, ZONEOUT: tl.constexpr):
-    """Load the tile of step t of zoneout's masks [T, ...], steps `step_size` apart; 0 if there are none."""
+    """Load the tile of step t of zoneout's masks [T, ...], steps `step_size` apart; 0 without masks."""
     if ZONEOUT == "masks":
         bits = tl.load(zoneout_mask_ptr + tl.cast(t, tl.int64) * step_size + place, mask=mask, other=0)
     else:

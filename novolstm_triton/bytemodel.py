@@ -37,7 +37,7 @@ class ByteModel(nn.Module):
     def __init__(self, cell: str, hidden: int, layers: int, **options: Any) -> None:
         super().__init__()
         _check_arguments(cell, hidden, layers, options)
-        # The recurrent layer comes last: for one seed, the others start the same whatever the cell.
+        # The recurrent layer comes last, so that for one seed the others start the same with either cell.
         self.embedding = nn.Embedding(256, hidden)
         self.head = nn.Linear(hidden, 256)
         self.rnn = _recurrent(cell, hidden, layers, options)

@@ -48,7 +48,7 @@ def novolstm_cell(variant: str, layer_norm: str) -> str:
     """Return the name of NovoLSTM's cell with these options.
 
     Raises:
-        ValueError: there is no such variant, or no such choice of normalised gates.
+        ValueError: an unknown variant, or an unknown choice of normalised gates.
     """
     for name, value, known in (("variant", variant, VARIANTS), ("layer_norm", layer_norm, LAYER_NORMS)):
         if value not in known:

@@ -660,7 +660,7 @@ def product_precision(x: Tensor) -> str:
 
 def _affine(parameter: Tensor, gate_gain: float, hidden: int) -> Tensor:
     """Return γ or β [D, norms·H] in fp32, the gate gain folded in: gain·LN(s; γ, β) = LN(s; gain·γ, gain·β)."""
-    # A copy, for it is scaled in place; only the input gate, the first, has a gain.
+    # A copy, because it is scaled in place; only the input gate, the first, has a gain.
     parameter = parameter.to(torch.float32, copy=True).contiguous()
     parameter[:, :hidden] *= gate_gain
     return parameter
@@ -686,7 +686,7 @@ def _softmax_gate_backward(dz: Tensor, z: Tensor, cell: CellKernels, hidden: int
 
 
 def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:
-    """Return x [n, B, I], from t = start on, with zeros for padding: whatever it holds, zero times it must be zero."""
+    """Return x [n, B, I], from t = start on, with zeros for padding, which may hold NaN: zero times it must be zero."""
     if lengths is None:
         return x
     t = torch.arange(start, start + x.shape[0], device=x.device, dtype=lengths.dtype).unsqueeze(1)
@@ -694,7 +694,7 @@ def _without_padding(x: Tensor, lengths: Tensor | None, start: int) -> Tensor:
 
 
 def _previous_h(y: Tensor, h_0: Tensor, lengths: Tensor | None, span: _Span) -> Tensor:
-    """Return [high − low, B, H], the h that each step of the span started from: y, but for a row's first step."""
+    """Return [high − low, B, H], the h that each step of the span started from: y, except for a row's first step."""
     low, high, reverse = span
     if reverse:
         previous = y[low + 1 : high + 1]

@@ -74,7 +74,7 @@ def _scan(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Record a scan over the steps."""
-    # A private module, which nobody else has to import.
+    # A private module of PyTorch, imported only where it is needed.
     from torch._higher_order_ops.scan import scan_op
 
     valid = None

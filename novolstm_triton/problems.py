@@ -83,7 +83,7 @@ class Problem:
         return inputs, lengths, grads
 
     def options(self) -> dict[str, Any]:
-        """Return the call's options but for the lengths and the backend; masks are drawn from the seed."""
+        """Return the call's options except the lengths and the backend; masks are drawn from the seed."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {}

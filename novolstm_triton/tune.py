@@ -58,7 +58,7 @@ def tune(
     calls: Calls | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> list[Key]:
-    """Measure plans and write the fastest of each key to a file, after each key; go on with a file that is there.
+    """Measure plans and write the fastest of each key to a file, after each key; continue an existing file.
 
     Args:
         wanted: what to tune; what the file holds already is left as it is.
@@ -71,7 +71,7 @@ def tune(
         say: takes a line for each key and for each candidate left out.
 
     Returns:
-        Keys of which no candidate passed.
+        Keys for which no candidate passed.
 
     Raises:
         UsageError: the file is of another device or of other versions, cannot be written, or is not a file of plans.

@@ -104,7 +104,7 @@ class TunedPlans:
     def find(
         self, hidden: int, batch: int, dtype: torch.dtype, device: Device, *, cell: str = "formula", backward: bool
     ) -> tuple[PlanFile, Entry] | None:
-        """Return the entry for a layer's kernel and its file, or None if there is none; arguments as of `plan.plan`."""
+        """Return the entry for a layer's kernel and its file, or None; arguments as of `plan.plan`."""
         wanted = (hidden, dtype, cell, "backward" if backward else "forward")
         for file in self.files:
             if file.device == device:

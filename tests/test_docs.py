@@ -91,3 +91,10 @@ def test_anchors_of_the_readme_exist():
     for file, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", (ROOT / "README.md").read_text()):
         headings = re.findall(r"^#+ (.*)$", (ROOT / (file or "README.md")).read_text(), flags=re.MULTILINE)
         assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
+
+
+def test_sections_of_the_readme_that_pages_name_exist():
+    headings = re.findall(r"^## (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    named = [name for path in SHOWN for name in re.findall(r"README's(?: section)?\s+\"([^\"]+)\"", path.read_text())]
+    assert named
+    assert set(named) <= set(headings)

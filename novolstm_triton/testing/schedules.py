@@ -31,7 +31,7 @@ class Program:
         self.seen.add(key)
 
     def note_change(self) -> None:
-        """The program wrote: what it reads next is no repetition."""
+        """The program wrote: what it reads next is not a repetition."""
         self.seen.clear()
         self.polls = self.rereads = self.spins = 0
 
