@@ -1,9 +1,9 @@
 """Every cell with a hand-written backward in PyTorch: backend "torch", the CPU's path (equations: `reference.py`).
 
 Between forward and backward only x, y and c at every chunk border are kept. Backward takes the chunks in reverse order.
-It brings a chunk's gates back by two matrix products, for every h is known by then, and its c by an elementwise scan
-from the border; it turns them into slopes, the factors between dh or dc and the gates' gradients; and so leaves to the
-walk over the steps only what depends on the step after.
+It computes a chunk's gates again by two matrix products, because every h is known, and its c by an elementwise scan
+from the border; it turns them into slopes, the factors between dh or dc and the gates' gradients. So the loop over the
+steps does only what depends on the step after.
 
 Shapes: T steps, B rows, I inputs, H units; n steps in a chunk; G gate blocks, R of them recurrent, N layer
 normalisations. Gates are in the order i|f|g|o|p. They lie block by block, [G, n, B, H], so that each is contiguous;
@@ -156,7 +156,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Cell:
-    """The parameters as the walks want them, in the dtype of computation."""
+    """The parameters as the walks need them, in the dtype of computation."""
 
     weight_ih: Tensor
     """[G, H, I]."""
@@ -581,7 +581,7 @@ class _BackwardWalk:
             slopes[:2] *= 1 - zoneout.h
 
     def run(self, dy: Tensor) -> Tensor:
-        """Walk back over the chunk; dy is [n, B, H]. Return dz [n, B, G·H] in a buffer; notebook: dz_p still amiss."""
+        """Walk back over the chunk; dy is [n, B, H]. Return dz [n, B, G·H] in a buffer; notebook: dz_p not final."""
         cell, n, dc = self.cell, len(dy), self.dc
         first, last = (n, 0) if self.reverse else (0, n)
         dh_after = _after(self._dh_all[: n + 1], self.reverse)

@@ -49,7 +49,7 @@ def use_backend(name: str) -> Iterator[None]:
             variable NOVOLSTM_BACKEND; a backend named in a call outranks both.
 
     Raises:
-        ValueError: the name is no backend.
+        ValueError: an unknown name.
     """
     _check_backend_name(name, "use_backend")
     token = _backend_in_use.set(name)
@@ -63,7 +63,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     """Turn `backend` as given to `novolstm` into "reference", "torch" or "triton" for tensors on `device`.
 
     Raises:
-        ValueError: a name that is no backend, here or in the environment variable NOVOLSTM_BACKEND.
+        ValueError: an unknown name, given here or in the environment variable NOVOLSTM_BACKEND.
     """
     return explain_backend(backend, device)[0]
 
@@ -72,7 +72,7 @@ def explain_backend(backend: str, device: torch.device) -> tuple[str, str]:
     """Return what `resolve_backend` does and what decided it: "call", "use_backend", "NOVOLSTM_BACKEND" or "device".
 
     Raises:
-        ValueError: a name that is no backend, here or in the environment variable NOVOLSTM_BACKEND.
+        ValueError: an unknown name, given here or in the environment variable NOVOLSTM_BACKEND.
     """
     _check_backend_name(backend, "backend")
     if backend != "auto":
@@ -110,7 +110,7 @@ def novolstm(
     """Run one NovoLSTM layer over a whole sequence, in one direction or in both.
 
     Equations: `novolstm_triton.reference.step`. All floating tensors share one dtype and one device. Under autocast
-    they are cast to its dtype first, but for fp64. Saved for backward are x, y and c at every chunk border.
+    they are cast to its dtype first, except fp64. Saved for backward are x, y and c at every chunk border.
 
     With a leading dimension of two on the weights, the states and `h_mask`, the layer runs in both directions over x:
     [0] from the first step to the last, [1] from the last to the first. Backend "triton" walks both at once.
@@ -171,7 +171,7 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer of the plain LSTM, the function of `torch.nn.LSTM`, in one direction or in both.
 
-    Arguments, results and errors are those of `novolstm`, but for the weights, which have blocks i|f|g|o.
+    Arguments, results and errors are those of `novolstm`, except that the weights have blocks i|f|g|o.
 
     Args:
         x: [T, B, I] input.
@@ -201,7 +201,7 @@ def lstm(
 
 
 class _Options(NamedTuple):
-    """What the operators are told besides tensors, but for the backend."""
+    """The operators' arguments other than tensors and the backend."""
 
     eps: float
     gate_gain: float
@@ -212,11 +212,11 @@ class _Options(NamedTuple):
 
 
 def _options(eps: float, gate_gain: float, zoneout: Any, cell: str, reverse: Any) -> _Options:
-    """Check what the functions share of them.
+    """Check the options that the functions share.
 
     Raises:
         TypeError: an option of the wrong type.
-        ValueError: one out of range.
+        ValueError: an option out of range.
     """
     if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2 or not all(map(is_number, zoneout)):
         raise TypeError(f"zoneout: expected a pair of numbers, the shares of h and c, got {reprlib.repr(zoneout)}")
@@ -229,7 +229,7 @@ def _options(eps: float, gate_gain: float, zoneout: Any, cell: str, reverse: Any
 
 
 class _Extras(NamedTuple):
-    """Tensors that no gradient goes to, each perhaps None."""
+    """Optional tensors without gradients."""
 
     lengths: Tensor | None
     h_mask: Tensor | None
@@ -274,7 +274,7 @@ def _layer(
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Return whether autocast is enabled for tensors on a device; for some, like "meta", there is none."""
+    """Return whether autocast is enabled for tensors on a device; some devices, like "meta", have none."""
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -285,16 +285,16 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def _autocast(a: Tensor) -> Tensor:
-    """Cast as autocast does: floating tensors, but for float64."""
+    """Cast as autocast does: floating tensors, except float64."""
     eligible = a.is_floating_point() and a.dtype != torch.float64
     return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
 def _check_kinds(given: tuple[Tensor | None, ...], weight_hr: Tensor | None, extras: _Extras, cell: str) -> None:
-    """Check that all that should be a tensor is one, and an ordinary one.
+    """Check that every tensor argument is an ordinary tensor.
 
     Raises:
-        TypeError: an argument is none.
+        TypeError: an argument is something else.
     """
     named = zip(
         (*_GRADIENTS, "weight_hr", "lengths", "h_mask", "zoneout_mask"), (*given, weight_hr, *extras), strict=True
@@ -314,10 +314,10 @@ def _check_kinds(given: tuple[Tensor | None, ...], weight_hr: Tensor | None, ext
 
 
 def _filled(given: tuple[Tensor | None, ...], weight_hr: Tensor | None) -> tuple[Tensor, ...]:
-    """Put zeros for the states and the bias where there are none, and nothing for norms that the cell has not.
+    """Fill in zeros for missing states and biases, and empty tensors for normalisations that the cell lacks.
 
     Raises:
-        ValueError: a rank of what their shapes follow from.
+        ValueError: a tensor that these shapes follow from has the wrong rank.
     """
     tensors: dict[str, Any] = dict(zip(_GRADIENTS, given, strict=True))
     x, weight_ih, weight_hh = (tensors[name] for name in ("x", "weight_ih", "weight_hh"))
@@ -360,7 +360,7 @@ def _run(
     everything: tuple[Any, ...] = (*arguments, *extras, weight_hr)
     if onnx_export.is_exporting():
         return onnx_export.layer(*everything, **options._asdict())
-    # No row, nothing to launch: the loop has the shapes right.
+    # Without rows there is nothing to launch: the loop gives the right shapes.
     if backend == "reference" or x.shape[1] == 0 or (takes_plain_steps(x, backend) and x.shape[0] == 1):
         return reference.layer(*everything, **options._asdict())
     if weight_hr is not None:
@@ -393,8 +393,8 @@ def _run_projected(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one direction of a layer with a projection, h = m W_hrᵀ, as a layer of the unprojected m without one.
 
-    h W_hhᵀ = m (W_hh W_hr)ᵀ, so one product before the recurrence replaces one in every step. h_0 is no image of an m:
-    it enters as inputs of each row's first step.
+    h W_hhᵀ = m (W_hh W_hr)ᵀ, so one product before the recurrence replaces one in every step. h_0 need not be the
+    image of an m: it enters through the inputs of each row's first step.
     """
     x, h_0, c_0, weight_ih, weight_hh, *others = arguments
     steps, lengths, recurrent = x.shape[0], extras.lengths, weight_hh
@@ -492,7 +492,8 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias.
 
-    What `needs` rules out is an empty tensor: an operator cannot return None. Directions are as in `forward_op`.
+    A gradient that `needs` rules out is an empty tensor, because an operator cannot return None. Directions are as in
+    `forward_op`.
     """
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
@@ -501,7 +502,7 @@ def backward_op(
     # A user may call backward inside an autocast region: that would round the products in here, too.
     with torch.autocast(x.device.type, enabled=False):
         gradients = implementation.backward(dy, dh_n, dc_n, *saved, **options, chunk=chunk, needs=needs)
-    # The operator's schema wants the eight spelled out.
+    # The operator's schema needs the eight spelled out.
     return tuple(x.new_empty(0) if g is None else g for g in gradients)  # pyright: ignore[reportReturnType]
 
 
@@ -586,7 +587,7 @@ def _map_over_batch(op: Any, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor,
     places = [d if isinstance(d, int) else None for d in in_dims]
     batch = next(a.shape[d] for a, d in zip(args, places, strict=True) if d is not None)
     if batch == 0:
-        # One member of zeros shows the shapes of none.
+        # A member of zeros shows the shapes that an empty batch would have.
         one = [
             a if d is None else a.new_zeros(*a.shape[:d], 1, *a.shape[d + 1 :])
             for a, d in zip(args, places, strict=True)
@@ -609,7 +610,7 @@ def _no_forward_mode(ctx: Any, *tangents: Any) -> NoReturn:
 
 
 class RecurrentFunction(torch.autograd.Function):
-    """The forward operator for torch.func, whose transforms need a function of this form; arguments are its."""
+    """The forward operator, with its arguments, in the form that the transforms of torch.func need."""
 
     generate_vmap_rule = True
 
@@ -624,7 +625,7 @@ class RecurrentFunction(torch.autograd.Function):
 
 
 class RecurrentBackward(torch.autograd.Function):
-    """The backward operator, likewise."""
+    """The backward operator in the same form."""
 
     generate_vmap_rule = True
 
@@ -788,8 +789,8 @@ def check_triton(dtype: torch.dtype, device: torch.device) -> None:
     """Check that backend "triton" takes tensors of a dtype on a device.
 
     Raises:
-        TypeError: not that dtype.
-        ValueError: not on that device.
+        TypeError: it does not take the dtype.
+        ValueError: it does not run on the device.
     """
     if dtype == torch.float64:
         raise TypeError("backend 'triton' has no float64: use backend='torch', or cast to float32")

@@ -147,7 +147,7 @@ class RecurrentLayer(Recurrent):
             input: [T, B, I], or [B, T, I] with batch_first, or unbatched [T, I]; or a PackedSequence.
             hx: (h_0 [L·D, B, P], c_0 [L·D, B, H]), without the B if unbatched; zeros if None.
             lengths: [B] integers from 0 to T, the valid steps of each row; y is zero after them, h_n and c_n are each
-                row's last. What it does by packing, without: use it under torch.compile. Needs batched input.
+                row's last. Does the same as packing, and works under torch.compile. Needs batched input.
 
         Returns:
             y [T, B, D·P] (or batch first, or unbatched, or packed, like the input), and (h_n, c_n) with the shapes of
@@ -155,7 +155,7 @@ class RecurrentLayer(Recurrent):
 
         Raises:
             ValueError, RuntimeError: shapes, dtypes or devices that do not fit, in nn.LSTM's words.
-            TypeError: a state that is no pair of tensors, or lengths that are no integers.
+            TypeError: a state that is not a pair of tensors, or lengths that are not integers.
         """
         if isinstance(input, PackedSequence):
             if torch.compiler.is_dynamo_compiling():
@@ -184,7 +184,7 @@ class RecurrentLayer(Recurrent):
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Take one time step: what `forward` does with a sequence of length one.
 
-        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole, but for
+        Feeding a sequence step by step, with the state handed on, gives what `forward` gives for the whole, except for
         masks of dropout and zoneout in training, which every call draws anew.
 
         Args:
@@ -212,10 +212,10 @@ class RecurrentLayer(Recurrent):
         return y.squeeze(time), new_state
 
     def _set_regularisers(self, recurrent_dropout: float, zoneout_h: float, zoneout_c: float) -> None:
-        """Keep the options that nn.LSTM has not.
+        """Set the options that nn.LSTM lacks.
 
         Raises:
-            ValueError: an option out of range, or one that a projected layer has not.
+            ValueError: an option out of range, or one that a projected layer lacks.
         """
         if not is_share(recurrent_dropout) or recurrent_dropout == 1:
             raise ValueError(f"recurrent_dropout: expected a number in range [0, 1), got {recurrent_dropout!r}")
@@ -415,12 +415,12 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
         proj_size: if above 0, h is projected to so many units P by weight_hr.
         device: where the parameters live.
         dtype: dtype of the parameters.
-        variant: "formula" (default) or "notebook", the function its author published as code.
+        variant: "formula" (default) or "notebook", the function of the published code.
         layer_norm: "input_gate" (default), or "all": z_f, z_g and z_o are normalised, too, over the units.
         ln_eps: ε of the layer normalisations; None means 1e-5 (formula) or 1e-3 (notebook).
         gate_gain: constant factor on the input gate, or "hidden" for H, which makes the gate O(1).
-        recurrent_dropout: probability with which a unit of h is hidden from weight_hh, by one mask per sequence (Gal
-            and Ghahramani 2016), in training.
+        recurrent_dropout: probability with which a unit of h is dropped on its way to weight_hh, by one mask per
+            sequence (Gal and Ghahramani 2016), in training.
         zoneout_h: probability with which a unit of h keeps its value in a step, in training; otherwise h moves by the
             expectation (Krueger et al. 2017).
         zoneout_c: likewise, of c.
@@ -472,7 +472,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
         """Return a layer that starts from a trained LSTM. It does not compute what the LSTM computes.
 
         The rows i|f|g|o of weights and biases, and weight_hr, are copies of the LSTM's; the rows p and the layer
-        normalisations are as freshly initialised. The input gate is another function of them, so the layer is to be
+        normalisations are freshly initialised. The input gate is another function of them, so the layer has to be
         trained. Sizes, bias, batch_first, dropout, device, dtype, training mode and each parameter's requires_grad
         are the LSTM's; so are recurrent_dropout, zoneout and backend of an `LSTM` where no options say otherwise.
 
@@ -481,7 +481,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
             **options: NovoLSTM's keyword options: variant, layer_norm, gate_gain and so on.
 
         Raises:
-            TypeError: `lstm` is no LSTM, or there is no such option.
+            TypeError: `lstm` is not an LSTM, or an option is unknown.
             ValueError: its parameters are not those of an LSTM (it is pruned, for example), or an option's value.
         """
         from novolstm_triton.convert import novolstm_from_lstm
@@ -499,16 +499,16 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
     ) -> "NovoLSTM":
         """Return a layer that computes what the Keras layer with these weights computes.
 
-        The names are those of the layer that the cell's author published: w_k [I, H], u_k [H, H] and b_k [H] of each
+        The names are those of the published layer: w_k [I, H], u_k [H, H] and b_k [H] of each
         gate k, where c is our g and i_prime our p; gamma and beta [H]. The order of a list is the one in which that
         layer makes them, which its `get_weights()` has, too: w, u and b of i; w and b of i_prime; w, u and b of f, of
-        c, of o; gamma; beta. The formula, of which there is no published code, also has u_i_prime [H, H], after b_o.
+        c, of o; gamma; beta. The formula, which has no published code, also has u_i_prime [H, H], after b_o.
         The weights of a `keras.layers.Bidirectional` are twice as many, forward first.
 
         Args:
             weights: a list of arrays in that order; or a dict of arrays by those names; or the path of a
                 `.weights.h5` or `.keras` file, which needs h5py.
-            variant: "formula" or "notebook", the function published as code.
+            variant: "formula" or "notebook", the function of the published code.
             layer: name in Keras, or path in the file, of the layer to take from a file that has several.
             **options: gate_gain, device, backend and so on. Where none are given, gate_gain is 1; ln_eps is 1e-3,
                 Keras's own, for both variants; batch_first is True, as in Keras; dtype is the arrays'.
@@ -526,7 +526,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
     def to_keras(self) -> "list[np.ndarray]":
         """Return the weights as arrays, in the order of `from_keras`, for the Keras layer's `set_weights`.
 
-        The sum of the two biases is b, and gate_gain is a factor in gamma and beta. ε is no weight: the Keras layer
+        The sum of the two biases is b, and gate_gain is a factor in gamma and beta. ε is not a weight: the Keras layer
         has to have this one's `ln_eps`, and a warning says so where that is not Keras's 1e-3. bfloat16 becomes fp32.
 
         Raises:
@@ -552,8 +552,8 @@ class LSTM(LSTMFunction, RecurrentLayer):
         proj_size: if above 0, h is projected to so many units P by weight_hr.
         device: where the parameters live.
         dtype: dtype of the parameters.
-        recurrent_dropout: probability with which a unit of h is hidden from weight_hh, by one mask per sequence, in
-            training.
+        recurrent_dropout: probability with which a unit of h is dropped on its way to weight_hh, by one mask per
+            sequence, in training.
         zoneout_h: probability with which a unit of h keeps its value in a step, in training; else the expectation.
         zoneout_c: likewise, of c.
         backend: "auto", "reference", "torch" or "triton"; see `novolstm_triton.functional.lstm`.
@@ -602,7 +602,7 @@ class LSTM(LSTMFunction, RecurrentLayer):
                 layer no longer computes the same.
 
         Raises:
-            TypeError: `lstm` is no nn.LSTM, or there is no such option.
+            TypeError: `lstm` is not an nn.LSTM, or an option is unknown.
             ValueError: it is of a subclass with code of its own, or its parameters are not those of an LSTM (it is
                 pruned, for example), or an option's value.
         """
@@ -614,7 +614,7 @@ class LSTM(LSTMFunction, RecurrentLayer):
         """Return the nn.LSTM that computes what this layer computes, with copies of its parameters.
 
         Raises:
-            ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM has not, or its parameters are not
+            ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM lacks, or its parameters are not
                 those of an LSTM (it is pruned, for example).
         """
         from novolstm_triton.convert import lstm_to_torch
@@ -687,5 +687,5 @@ def detach_state(state: Any) -> Any:
 
 
 def _plain_int(value: Any) -> Any:
-    """Return an integer of whatever kind, like numpy's, as an int; all else as it is."""
+    """Return an integer of any type, like numpy's, as an int, and any other value unchanged."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

@@ -171,10 +171,10 @@ def parameter_shapes(
 
 
 def layer_weights(module: Recurrent, suffix: str) -> dict[str, Tensor]:
-    """Return the parameters with a suffix by their names without it, but for those that are None.
+    """Return the parameters with a suffix, by their names without it, except those that are None.
 
-    Every parameter is read once, and a call reads none elsewhere: a parametrization computes, or draws, its weight at
-    every look. That is also why no default is given to `getattr`, with which torch.compile looks twice.
+    Every parameter is read once, and a call reads none elsewhere: a parametrization computes, or draws, its weight
+    whenever it is read. That is also why `getattr` gets no default, with which torch.compile would read it twice.
     """
     read = {name: getattr(module, name + suffix) for name in module._parameter_names}
     return {name: w for name, w in read.items() if w is not None}

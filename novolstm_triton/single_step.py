@@ -45,7 +45,7 @@ class SingleCell(Recurrent):
         shapes = parameter_shapes(cell, input_size, hidden_size, bias=True)
         self._parameter_names = tuple(shapes)
         for name, shape in shapes.items():
-            # A cell without biases has the attributes all the same, as None.
+            # A cell without biases has the attributes nevertheless, as None.
             absent = name.startswith("bias_") and not bias
             parameter = None if absent else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
@@ -64,7 +64,7 @@ class SingleCell(Recurrent):
         Raises:
             ValueError, RuntimeError: shapes, dtypes or devices that do not fit, in nn.LSTMCell's words where it has
                 some.
-            TypeError: a state that is no pair of tensors.
+            TypeError: a state that is not a pair of tensors.
         """
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -131,7 +131,7 @@ class NovoLSTMCell(NovoLSTMFunction, SingleCell):
         bias: with False, bias_ih and bias_hh are None.
         device: where the parameters live.
         dtype: dtype of the parameters.
-        variant: "formula" (default) or "notebook", the function its author published as code.
+        variant: "formula" (default) or "notebook", the function of the published code.
         layer_norm: "input_gate" (default), or "all": z_f, z_g and z_o are normalised, too, over the units.
         ln_eps: ε of the layer normalisations; None means 1e-5 (formula) or 1e-3 (notebook).
         gate_gain: constant factor on the input gate, or "hidden" for H, which makes the gate O(1).
