@@ -1,9 +1,8 @@
 """Conversions between `torch.nn.LSTM` and this library's layers: one layer, or every LSTM of a model."""
 
-import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,27 +10,32 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from novolstm_triton import pytorch
-from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+from novolstm_triton.model_copy import copied
+from novolstm_triton.module import LSTM, NovoLSTM
+from novolstm_triton.recurrent import Recurrent
+from novolstm_triton.references import References
+from novolstm_triton.single_step import SingleCell
 from novolstm_triton.torch_lstm import TorchLSTM
 
-TARGETS = ("lstm", "novolstm")
+TARGETS = ("lstm", "novolstm", "torch")
 """What `convert_model` can make of an LSTM."""
 
-_NOTES = {"lstm": "same function", "novolstm": "warm start: i, f, g, o copied, p and norms new"}
+_NOTES = {"novolstm": "warm start: i, f, g, o copied, p and norms new"}
+_SAME = "same function"
 
 _SIZES = ("num_layers", "bias", "batch_first", "bidirectional", "proj_size")
 _FIXED = ("input_size", "hidden_size", *_SIZES, "dropout", "device", "dtype")
 _REGULARISERS = ("recurrent_dropout", "zoneout_h", "zoneout_c")
 
-_HARMLESS = {"reset_parameters", "extra_repr"}
-"""What a subclass may define and still compute what its base computes, beside names like __init__."""
+_HARMLESS = {"reset_parameters", "extra_repr", "flatten_parameters"}
+"""What a subclass, or an instance, may define and still compute what its class computes, beside names like __init__."""
 _CALLS = {"__call__", "__getattr__", "__getattribute__"}
 """Names like __init__ that it may not define."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS += ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
-L = TypeVar("L", bound=nn.Module)
+L = TypeVar("L", pytorch.LSTM, LSTM, NovoLSTM)
 
 
 def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
@@ -49,10 +53,7 @@ def lstm_to_torch(source: LSTM) -> nn.LSTM:
     for name in _REGULARISERS:
         if value := getattr(source, name):
             raise ValueError(f"{name}: expected 0, because nn.LSTM has none, got {value}")
-    target = _finished(_empty(pytorch.LSTM, source, {}), source, _copies(_weights(source)))
-    # On a GPU cuDNN wants the weights in one piece of memory.
-    target.flatten_parameters()
-    return target
+    return _finished(_empty(pytorch.LSTM, source, {}), source, _copies(_weights(source)))
 
 
 def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Mapping[str, Any]) -> NovoLSTM:
@@ -69,7 +70,7 @@ def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Map
             parameter = target.get_parameter(name)
             # Blocks i|f|g|o come first in both; p's, where there is one, stays as it was drawn.
             parameter[: weight.shape[0]].copy_(weight)
-            parameter.requires_grad_(weight.requires_grad)
+            _mark_like(parameter, weight)
     return _finished(target, source, {})
 
 
@@ -115,77 +116,99 @@ class Report:
 
 
 def convert_model(
-    model: nn.Module, to: str = "lstm", *, inplace: bool = False, verbose: bool = True, **options: Any
+    model: nn.Module,
+    to: str = "lstm",
+    *,
+    inplace: bool = False,
+    subclass: bool = False,
+    verbose: bool = True,
+    **options: Any,
 ) -> tuple[Any, Report]:
-    """Replace every `nn.LSTM` of a model by this library's layers, and print what became of each.
+    """Replace every `nn.LSTM` of a model by this library's layers, or these by `nn.LSTM`s; print what became of each.
 
     With to="lstm" each becomes an `LSTM` with the same parameters: the model computes what it did, has the same
-    state_dict, and, changed in place, keeps its Parameter objects, so that an optimizer stays valid. With
-    to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model then
-    computes something else and wants training, with an optimizer made for its new parameters.
+    state_dict, and, changed in place, keeps its Parameter objects, so that an optimizer stays valid. With subclass=True
+    it becomes a `TorchLSTM`, for code that asks for instances of nn.LSTM. to="torch" is the way back: every `LSTM` and
+    `TorchLSTM` becomes an nn.LSTM.
 
-    A layer that the model uses in several places remains one. Listed with the reason and left alone are:
+    With to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model
+    then computes something else and wants training, with an optimizer made for its new parameters.
+
+    A layer that the model uses in several places remains one, and takes the place of the old one wherever the model
+    holds that: in lists and dictionaries, attributes of any object, closures, bound methods, hooks of other modules.
+    Attributes that a program gave to a layer, or to its parameters, go along. Listed with the reason and left alone
+    are:
 
     - subclasses of nn.LSTM that define more than a constructor and initial values;
     - layers with parametrizations, weight normalisation, pruning or hooks, all of which would be lost;
     - layers that are compiled themselves or are inside DistributedDataParallel;
-    - with to="novolstm", layers with a parameter that has a second name, in them or elsewhere in the model, because
-      the new one has another shape;
+    - layers that the model also holds in a place that cannot be changed, such as an iterator or an attribute of a
+      class, or holds without having them among its modules;
+    - layers with an attribute that means something else to the new one;
+    - with to="novolstm", layers with a parameter that has a second name, in them or elsewhere in the model, or hooks,
+      because the new one has another shape;
+    - with to="torch", layers with recurrent_dropout or zoneout, and every `NovoLSTM`;
     - cells, such as nn.LSTMCell, and other recurrent layers.
+
+    A deep copy has the values of tensors with a history, such as a state that the model keeps, without the history.
+    Its closures call its own modules.
 
     Args:
         model: any module, which may be an nn.LSTM itself.
-        to: "lstm" or "novolstm".
+        to: "lstm", "novolstm" or "torch".
         inplace: change `model` instead of a deep copy of it. A model that is an nn.LSTM itself cannot be changed
             into something else: use what is returned.
+        subclass: with to="lstm", make each a `TorchLSTM`.
         verbose: print the report.
         **options: options of the new layers, as `NovoLSTM` or `LSTM` takes them by keyword: variant, gate_gain,
-            backend and so on.
+            backend and so on. With to="torch" there are none.
 
     Returns:
         The converted model, and the report, whose str() is the table.
 
     Raises:
         TypeError: `model` is no module, a flag no bool, or there is no such option.
-        ValueError: there is no such target, or an option does not fit a layer. The model is unchanged then.
+        ValueError: there is no such target, or an option does not fit a layer, or the model cannot be copied. The model
+            is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if to not in TARGETS:
         raise ValueError(f"to: expected one of {list(TARGETS)}, got {to!r}")
-    for name, flag in (("inplace", inplace), ("verbose", verbose)):
+    for name, flag in (("inplace", inplace), ("subclass", subclass), ("verbose", verbose)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
-    cls = LSTM if to == "lstm" else NovoLSTM
+    if subclass and to != "lstm":
+        raise ValueError(f"subclass: expected False with to={to!r}, got True")
+    cls = TorchLSTM if subclass else {"lstm": LSTM, "novolstm": NovoLSTM, "torch": pytorch.LSTM}[to]
     check_fixed(options, _FIXED, "each layer")
     # Wrong options are an error in a model without LSTMs, too.
     cls(1, 2, device="meta", **options)
-    model = model if inplace else copy.deepcopy(model)
+    shared: Collection[int] = ()
+    if not inplace:
+        model, shared = copied(model, _is_recurrent)
 
     # All new layers are made before the first is put in place: an error leaves the model as it was.
-    users, entries, swaps = _parameter_users(model), [], []
-    first: dict[int, Entry] = {}
-    new: dict[int, LSTM | NovoLSTM] = {}
-    for place in _places(model):
+    places = list(_places(model))
+    named = {id(place.module) for place in places}
+    references, users = References(model, shared, named), _parameter_users(model)
+    reasons: dict[int, str] = {}
+    new: dict[int, nn.Module] = {}
+    for place in places:
         old, key = place.module, id(place.module)
-        if key in first:
-            note = f"the same layer as {first[key].path or '(the model)'}"
-            entries.append(dataclasses.replace(first[key], path=place.path, note=note))
-        else:
-            reason, result = _reason(place, to, users), None
+        if key in new or key in reasons:
+            continue
+        reason = _reason(place, cls, users, references)
+        if reason is None:
+            layer = _replacement(old, cls, options)
+            reason = _obstacle(references, old, layer)
             if reason is None:
-                new[key] = _replacement(old, to, options)
-                result = _described(new[key])
-            first[key] = Entry(place.path, _described(old), result, reason or _NOTES[to])
-            entries.append(first[key])
-        if key in new:
-            swaps.append((place, new[key]))
-    for place, layer in swaps:
-        if place.parent is None:
-            model = layer
-        else:
-            place.parent.register_module(place.name, layer)
-    report = Report(tuple(entries))
+                new[key] = layer
+                continue
+        reasons[key] = reason
+    model = _replaced(model, references, new, reasons, lambda root: References(root, shared, named))
+
+    report = Report((*_entries(places, new, reasons, _NOTES.get(to, _SAME)), *_outsiders(references, named)))
     if verbose:
         print(report)
     return model, report
@@ -220,7 +243,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     seen = set()
 
     def walk(parent: nn.Module | None, name: str, path: str, module: nn.Module, within_ddp: bool) -> Iterator[_Place]:
-        if isinstance(module, (pytorch.RNNBase, pytorch.RNNCellBase, RecurrentLayer)):
+        if _is_recurrent(module):
             yield _Place(parent, name, path, module, within_ddp)
         if id(module) in seen:
             return
@@ -234,14 +257,18 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     yield from walk(None, "", "", model, False)
 
 
-def _reason(place: _Place, to: str, users: Mapping[int, int]) -> str | None:
-    """Return why a layer is left alone, or None."""
+def _is_recurrent(module: Any) -> bool:
+    return issubclass(type(module), (pytorch.RNNBase, pytorch.RNNCellBase, Recurrent))
+
+
+def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], references: References) -> str | None:
+    """Return why a layer is not made one of a class, or None."""
     module = place.module
-    if isinstance(module, LSTM if to == "lstm" else NovoLSTM):
+    if isinstance(module, cls) and not (cls is pytorch.LSTM and isinstance(module, LSTM)):
         return "is one already"
     if isinstance(module, NovoLSTM):
         return "computes something else than an LSTM"
-    if isinstance(module, pytorch.RNNCellBase):
+    if isinstance(module, (pytorch.RNNCellBase, SingleCell)):
         return "a cell, which takes single steps"
     if not isinstance(module, (pytorch.LSTM, LSTM)):
         return "no LSTM"
@@ -255,9 +282,98 @@ def _reason(place: _Place, to: str, users: Mapping[int, int]) -> str | None:
         return "is compiled: convert before torch.compile"
     if place.within_ddp:
         return "is inside DistributedDataParallel: convert before wrapping"
-    if to == "novolstm" and any(users[id(p)] > 1 for p in module.parameters()):
-        return "has a parameter under two names"
+    if cls is NovoLSTM:
+        return _reason_of_parameters(module, users, references)
+    if cls is pytorch.LSTM and (regulariser := next(filter(vars(module).get, _REGULARISERS), None)):
+        return f"has {regulariser}, which nn.LSTM has not"
     return None
+
+
+def _reason_of_parameters(module: nn.Module, users: Mapping[int, int], references: References) -> str | None:
+    """Return why a layer's parameters cannot be left for new ones, or None."""
+    for name, parameter in _own_parameters(module).items():
+        if users[id(parameter)] > 1:
+            return "has a parameter under two names"
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"{name} has hooks, which would be lost"
+        for holder, path in references.holders(parameter):
+            if holder is not module:
+                return f"{name} is also at {path}"
+    return None
+
+
+def _obstacle(references: References, old: nn.Module, new: nn.Module) -> str | None:
+    """Return what stands in the way of putting a new layer wherever the old one is, or None."""
+    for name in _given_attributes(old):
+        if name not in _HARMLESS and hasattr(new, name):
+            return f"has an attribute {name}, which means something else to {type(new).__name__}"
+    if (path := references.obstacle(old, new)) is not None:
+        return f"is also at {path}, which cannot be changed"
+    return None
+
+
+def _replaced(
+    model: nn.Module,
+    references: References,
+    new: dict[int, nn.Module],
+    reasons: dict[int, str],
+    walk: Callable[[nn.Module], References],
+) -> nn.Module:
+    """Put new layers in the places of old ones, and return the model; one that remains is left alone with a reason.
+
+    Args:
+        model: what to change, or to replace.
+        references: who holds what in it.
+        new: the new layers by the ids of the old ones; those that remain are taken out.
+        reasons: why layers are left alone, by their ids; those that remain are entered.
+        walk: finds the references of the changed model.
+    """
+    while new:
+        undo = references.replace(new)
+        for key, layer in new.items():
+            vars(layer).update(_given_attributes(references.reached[key]))
+        root = new.get(id(model), model)
+        after = walk(root)
+        remaining = {key: after.path(after.reached[key]) for key in new if key in after.reached}
+        if not remaining:
+            return root
+        # Code that is asked, such as an attribute's own setter, may have done something else.
+        undo()
+        for key, path in remaining.items():
+            del new[key]
+            reasons[key] = f"is still at {path} when it was replaced"
+    return model
+
+
+def _entries(
+    places: Iterable[_Place], new: Mapping[int, nn.Module], reasons: Mapping[int, str], note: str
+) -> Iterator[Entry]:
+    """Yield what became of the layer in each place."""
+    first: dict[int, str] = {}
+    for place in places:
+        key = id(place.module)
+        result = _described(new[key]) if key in new else None
+        own = f"the same layer as {first[key] or '(the model)'}" if key in first else reasons.get(key, note)
+        first.setdefault(key, place.path)
+        yield Entry(place.path, _described(place.module), result, own)
+
+
+def _outsiders(references: References, modules: Collection[int]) -> Iterator[Entry]:
+    """Yield the recurrent layers that a model holds without having them among its modules."""
+    for key, layer in references.reached.items():
+        if _is_recurrent(layer) and key not in modules:
+            yield Entry(references.path(layer), _described(layer), None, "not among the model's modules")
+
+
+def _base(module: nn.Module) -> type[Any]:
+    """Return the class of an LSTM that is not a user's own."""
+    return next(cls for cls in (TorchLSTM, LSTM, pytorch.LSTM) if isinstance(module, cls))
+
+
+def _given_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of an LSTM that a program gave it."""
+    usual = vars(_empty(_base(module), module, {}))
+    return {name: value for name, value in vars(module).items() if name not in usual}
 
 
 def _difference(module: nn.Module) -> str | None:
@@ -276,11 +392,11 @@ def _difference(module: nn.Module) -> str | None:
 
 
 def _own_code(module: nn.Module) -> str:
-    """Return names of what a subclass, or the instance, defines and nn.LSTM or LSTM has otherwise; "" for none."""
-    bases = {pytorch.LSTM, LSTM, TorchLSTM}
-    own = {"forward"} & vars(module).keys()
+    """Return names of what a subclass, or the instance, defines and its class of a library has; "" for none."""
+    base = _base(module)
+    own = {name for name in _given_attributes(module) if name not in _HARMLESS and hasattr(base, name)}
     for cls in type(module).__mro__:
-        if cls in bases:
+        if cls is base:
             break
         own |= {name for name in vars(cls) if name in _CALLS or not (name.startswith("__") or name in _HARMLESS)}
     return ", ".join(sorted(own))
@@ -295,11 +411,12 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def _replacement(old: nn.LSTM | LSTM, to: str, options: Mapping[str, Any]) -> LSTM | NovoLSTM:
-    if to == "novolstm":
+def _replacement(old: nn.LSTM | LSTM, cls: type[Any], options: Mapping[str, Any]) -> Any:
+    if cls is NovoLSTM:
         return novolstm_from_lstm(NovoLSTM, old, options)
+    own = {} if cls is pytorch.LSTM else _our_options(old)
     # The model's own Parameters move over: whoever shares or optimises them goes on doing so.
-    return _finished(_empty(LSTM, old, options), old, _weights(old))
+    return _finished(_empty(cls, old, own | dict(options)), old, _weights(old))
 
 
 def _check_source(source: Any, kinds: tuple[type, ...], expected: str) -> None:
@@ -319,7 +436,14 @@ def _weights(source: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _copies(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(w.detach().clone(), requires_grad=w.requires_grad) for name, w in weights.items()}
+    return {name: _mark_like(nn.Parameter(w.detach().clone()), w) for name, w in weights.items()}
+
+
+def _mark_like(parameter: nn.Parameter, source: nn.Parameter) -> nn.Parameter:
+    """Give a parameter another one's requires_grad and whatever attributes programs gave it; return it."""
+    vars(parameter).update(vars(source))
+    parameter.requires_grad_(source.requires_grad)
+    return parameter
 
 
 def _empty(cls: type[L], source: Any, options: Mapping[str, Any]) -> L:
@@ -334,6 +458,8 @@ def _finished(target: L, source: Any, parameters: Mapping[str, nn.Parameter]) ->
         setattr(target, name, parameter)
     # Not by the constructor, which would repeat nn.LSTM's warning about dropout after a single layer.
     target.dropout = source.dropout
+    # On a GPU cuDNN wants the weights of an nn.LSTM in one piece of memory.
+    target.flatten_parameters()
     return target.train(source.training)
 
 

@@ -1,6 +1,7 @@
 """From nn.LSTM to this library's layers and back, alone and in models."""
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import novolstm_triton
-from novolstm_triton import LSTM, NovoLSTM, convert_model
+from novolstm_triton import LSTM, LSTMCell, NovoLSTM, TorchLSTM, convert_model
 from novolstm_triton.bytemodel import ByteModel
 
 from .support.hugging_face import transformers
@@ -292,6 +293,173 @@ def test_model_that_is_itself_an_lstm(inplace, capsys):
     assert_same_function(ours, theirs)
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("subclass", [False, True], ids=["lstm", "torch-lstm"])
+def test_there_and_back(subclass, inplace):
+    model, x = tagger(), torch.randn(B, T, I)
+    expected, state, parameters = model(x), copy.deepcopy(model.state_dict()), list(model.parameters())
+    there, report = convert_model(model, inplace=inplace, subclass=subclass, verbose=False)
+    assert {type(there.get_submodule(path)) for path in PLACES} == {TorchLSTM if subclass else LSTM}
+    assert all(isinstance(there.get_submodule(path), nn.LSTM) == subclass for path in PLACES)
+    assert [entry.path for entry in report.converted] == PLACES
+    back, report = convert_model(there, to="torch", inplace=inplace, verbose=False)
+    assert {type(back.get_submodule(path)) for path in PLACES} == {nn.LSTM}
+    assert [entry.path for entry in report.converted] == PLACES
+    assert {entry.note for entry in report.converted} == {"same function", "the same layer as shared"}
+    assert back.again is back.shared
+    assert torch.equal(back(x), expected)
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), state.values(), strict=True))
+    assert all((p is q) == inplace for p, q in zip(back.parameters(), parameters, strict=True))
+
+
+def test_back_from_what_nn_lstm_has_not():
+    model = nn.ModuleList([LSTM(I, H, zoneout_c=0.1), NovoLSTM(I, H), TorchLSTM(I, H, recurrent_dropout=0.1)])
+    model += [nn.LSTM(I, H), nn.GRU(I, H), LSTMCell(I, H), TorchLSTM(I, H, backend="reference")]
+    back, report = convert_model(model, to="torch", verbose=False)
+    assert [entry.note for entry in report.entries] == [
+        "has zoneout_c, which nn.LSTM has not",
+        "computes something else than an LSTM",
+        "has recurrent_dropout, which nn.LSTM has not",
+        "is one already",
+        "no LSTM",
+        "a cell, which takes single steps",
+        "same function",
+    ]
+    assert type(back[-1]) is nn.LSTM
+    assert str(report).splitlines()[-1] == "converted 1, left alone 6"
+
+
+def test_options_of_ours_are_kept_by_the_subclass():
+    model = nn.ModuleList([LSTM(I, H, zoneout_c=0.1, backend="reference"), TorchLSTM(I, H)])
+    converted, report = convert_model(model, subclass=True, verbose=False)
+    assert repr(converted[0]) == f"TorchLSTM({I}, {H}, zoneout_c=0.1, backend='reference')"
+    assert [entry.note for entry in report.entries] == ["same function", "is one already"]
+    assert convert_model(converted, verbose=False)[1].left[0].note == "is one already"
+    named, _ = convert_model(model, subclass=True, backend="torch", verbose=False)
+    assert named[0].backend == "torch"
+
+
+def attributed() -> nn.LSTM:
+    """Return a layer with what programs give to layers."""
+    layer = nn.LSTM(I, H)
+    layer.weight_ih_l0.requires_grad_(False)
+    layer.weight_hh_l0.no_decay = True
+    layer.name, layer._is_hf_initialized, layer.scales = "encoder", True, [torch.ones(2)]
+    # The usual way to keep it from warnings in a replica or a trace.
+    layer.flatten_parameters = lambda: None
+    layer.dropout = 0.25
+    return layer.eval()
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize(
+    "options", [dict(to="lstm"), dict(subclass=True), dict(to="novolstm")], ids=["lstm", "torch-lstm", "novolstm"]
+)
+def test_attributes_go_along(options, inplace):
+    theirs = attributed()
+    model, report = convert_model(nn.Sequential(theirs), inplace=inplace, verbose=False, **options)
+    assert len(report.converted) == 1
+    ours = model[0]
+    assert (ours.name, ours._is_hf_initialized, ours.training, ours.dropout) == ("encoder", True, False, 0.25)
+    assert (ours.scales is theirs.scales) == inplace
+    assert torch.equal(ours.scales[0], theirs.scales[0])
+    assert "flatten_parameters" in vars(ours)
+    assert [name for name, p in ours.named_parameters() if not p.requires_grad] == ["weight_ih_l0"]
+    assert ours.weight_hh_l0.no_decay
+    assert not hasattr(ours.bias_ih_l0, "no_decay")
+    if options.get("to") != "novolstm":
+        back = convert_model(model, to="torch", inplace=inplace, verbose=False)[0][0]
+        added = {"name", "_is_hf_initialized", "scales", "flatten_parameters"}
+        assert vars(back).keys() - vars(nn.LSTM(I, H)).keys() == added
+        assert back.weight_hh_l0.no_decay
+
+
+def renamed() -> nn.LSTM:
+    layer = nn.LSTM(I, H)
+    layer.step = 3
+    return layer
+
+
+def instance_patched() -> nn.LSTM:
+    layer: Any = nn.LSTM(I, H)
+    layer.check_input = lambda *args: None
+    return layer
+
+
+def test_attributes_that_mean_something_else():
+    for make, words in (
+        (renamed, "has an attribute step, which means something else to LSTM"),
+        (instance_patched, "a subclass with check_input of its own"),
+    ):
+        model, report = convert_model(nn.Sequential(make()), inplace=True, verbose=False)
+        assert type(model[0]) is nn.LSTM
+        assert [entry.note for entry in report.entries] == [words]
+
+
+def test_parameters_that_something_else_holds_are_not_left():
+    def listed(model):
+        model.no_decay = [model[0].bias_ih_l0]
+
+    def hooked(model):
+        model[0].bias_ih_l0.register_hook(lambda gradient: gradient)
+
+    for change, words in ((listed, "bias_ih_l0 is also at no_decay[0]"), (hooked, "bias_ih_l0 has hooks")):
+        model = nn.Sequential(nn.LSTM(I, H))
+        change(model)
+        assert convert_model(model, "novolstm", inplace=True, verbose=False)[1].left[0].note.startswith(words)
+        assert convert_model(model, inplace=True, verbose=False)[1].converted
+
+
+class Stateful(nn.Module):
+    """Keeps the state of its last call, and another layer with a weight that is computed before every call."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(I, H), change(nn.LSTM(H, H))
+        self.state: Any = None
+
+    def forward(self, x):
+        y, self.state = self.lstm(x, self.state)
+        return self.head(y)[0]
+
+
+CHANGES = {
+    "none": lambda layer: layer,
+    "weight-norm": lambda layer: nn.utils.weight_norm(layer, "weight_hh_l0"),
+    "spectral-norm": lambda layer: nn.utils.spectral_norm(layer, "weight_hh_l0").eval(),
+    "parametrized": lambda layer: parametrizations.weight_norm(layer, "weight_hh_l0"),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight_hh_l0", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_with_a_history_are_copied(change):
+    model, x = Stateful(CHANGES[change]), torch.randn(T, B, I)
+    model(x)
+    state = model.state
+    expected = model(x)
+    model.state = state
+    converted, report = convert_model(model, verbose=False)
+    assert [entry.path for entry in report.converted] == ["lstm", "head"][: 1 + (change == "none")]
+    assert model.state is state
+    assert not converted.state[0].requires_grad
+    torch.testing.assert_close(converted(x), expected)
+    converted(x).sum().backward()
+    # The copy has its own parameters, whose gradients these are.
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in converted.parameters())
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.LSTM(I, H), nn.Linear(H, H))
+    model[1].lock = threading.Lock()
+    words = r"model: 1\.lock cannot be copied \(TypeError: cannot pickle '_thread.lock' object\); with inplace=True it"
+    with pytest.raises(ValueError, match=words):
+        convert_model(model)
+    assert convert_model(model, inplace=True, verbose=False)[1].converted
+
+
 def test_our_own_layers_are_left_or_go_on_to_novolstm():
     model = nn.ModuleList([LSTM(I, H), NovoLSTM(I, H)])
     same, report = convert_model(model, "lstm", verbose=False)
@@ -339,8 +507,15 @@ def test_tied_parameters_stay_tied():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
-        pytest.param((), dict(to="gru"), ValueError, r"to: expected one of \['lstm', 'novolstm'\], got 'gru'", id="to"),
+        pytest.param(
+            (), dict(to="gru"), ValueError, r"to: expected one of \['lstm', 'novolstm', 'torch'\], got 'gru'", id="to"
+        ),
         pytest.param((), dict(variant="formula"), TypeError, "variant", id="option-of-the-other"),
+        pytest.param((), dict(to="torch", backend="torch"), TypeError, "backend", id="option-of-ours"),
+        pytest.param(
+            (), dict(to="torch", subclass=True), ValueError, "subclass: expected False with to='torch'", id="subclass"
+        ),
+        pytest.param((), dict(subclass=1), TypeError, "subclass: expected a bool, got 1", id="flag"),
         pytest.param((), dict(num_layers=1), TypeError, "num_layers: expected no such option", id="size"),
         pytest.param((), dict(to="novolstm", variant="paper"), ValueError, "variant: expected one of", id="value"),
         pytest.param((), dict(zoneout_c=0.1), ValueError, "projected layer has no", id="of-one-layer"),

@@ -104,7 +104,8 @@ def test_is_copied_with_a_parametrization():
 
 
 def test_pruning_tools_find_it():
-    first, layer, x = nn.Linear(I, I), TorchLSTM(I, H), sequence()
+    layer: Any = TorchLSTM(I, H)
+    first, x = nn.Linear(I, I), sequence()
     model: Any = nn.Sequential(first, layer)
     # As such tools choose what to prune.
     chosen = [(m, "weight_hh_l0") for m in model if isinstance(m, nn.RNNBase)]
