@@ -339,9 +339,9 @@ def test_options_of_ours_are_kept_by_the_subclass():
     assert named[0].backend == "torch"
 
 
-def attributed() -> nn.LSTM:
+def attributed() -> Any:
     """Return a layer with what programs give to layers."""
-    layer = nn.LSTM(I, H)
+    layer: Any = nn.LSTM(I, H)
     layer.weight_ih_l0.requires_grad_(False)
     layer.weight_hh_l0.no_decay = True
     layer.name, layer._is_hf_initialized, layer.scales = "encoder", True, [torch.ones(2)]
