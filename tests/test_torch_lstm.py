@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import pathlib
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,15 +154,18 @@ def test_compiling_leaves_it_out_of_the_graph():
         torch.compile(ours, backend="eager", fullgraph=True)(x)
 
 
-def test_layers_that_a_checkpoint_lacks_are_initialised(tmp_path):
-    library = transformers()
+@pytest.fixture(scope="module")
+def library() -> Any:
+    return transformers()
 
-    class Tagger(library.PreTrainedModel):
-        """A linear layer with a tagger on top of it, which transformers' own `_init_weights` has to know."""
 
+def checkpointed(library: Any, path: pathlib.Path, layer: Any, *bases: type, lacks: str) -> tuple[Any, Any]:
+    """Return a tagger, and what is loaded from its checkpoint, which lacks the parameters that contain a word."""
+
+    class Tagger(*bases, library.PreTrainedModel):
         config_class = library.PretrainedConfig
 
-        def __init__(self, config, layer=TorchLSTM):
+        def __init__(self, config):
             super().__init__(config)
             self.embed = nn.Linear(I, I)
             self.tagger = layer(I, H, num_layers=2, bidirectional=True)
@@ -170,14 +175,49 @@ def test_layers_that_a_checkpoint_lacks_are_initialised(tmp_path):
             return self.tagger(self.embed(x))[0]
 
     model = Tagger(library.PretrainedConfig())
-    state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("embed")}
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded = Tagger.from_pretrained(tmp_path)
-    assert torch.equal(loaded.embed.weight, model.embed.weight)
-    for name, parameter in loaded.tagger.named_parameters():
-        rows, columns = parameter.shape if parameter.dim() == 2 else (4 * H, 1)
-        # Xavier's bound for matrices, zero for biases: what transformers does with every nn.LSTM.
-        bound = (6 / (rows + columns)) ** 0.5 if parameter.dim() == 2 else 0.0
-        assert parameter.abs().max() <= bound, name
-        assert (parameter.std() > bound / 3) == (bound > 0), name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    state = {name: tensor for name, tensor in model.state_dict().items() if lacks not in name}
+    model.save_pretrained(path, state_dict=state)
+    return model, Tagger.from_pretrained(path)
+
+
+@pytest.mark.parametrize("lacks", ["tagger", "reverse"])
+def test_parameters_that_a_checkpoint_lacks_are_initialised(lacks, library, tmp_path):
+    model, loaded = checkpointed(library, tmp_path, TorchLSTM, lacks=lacks)
+    for name, parameter in loaded.named_parameters():
+        if lacks not in name:
+            assert torch.equal(parameter, model.get_parameter(name))
+        elif parameter.dim() == 1:
+            # What transformers does with every nn.LSTM: biases of zero, and Xavier's bounds.
+            assert not parameter.any()
+        else:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert bound / 3 < parameter.std() < parameter.abs().max() <= bound
+    assert loaded(sequence()).isfinite().all()
+
+
+def recipe() -> type:
+    """Return the class that the page about nn.LSTM gives to users of layers that are none."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "migration" / "torch.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if "_init_weights" in block)
+    scope: dict[str, Any] = {"LSTM": LSTM}
+    exec(block, scope)
+    return scope["InitialisesLayers"]
+
+
+@pytest.mark.parametrize("lacks", ["tagger", "reverse"])
+@pytest.mark.parametrize("layer", [LSTM, NovoLSTM])
+def test_recipe_for_layers_that_are_none(layer, lacks, library, tmp_path):
+    model, loaded = checkpointed(library, tmp_path, layer, recipe(), lacks=lacks)
+    for name, parameter in loaded.named_parameters():
+        if lacks not in name:
+            assert torch.equal(parameter, model.get_parameter(name))
+        elif ".ln_" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float("weight" in name)))
+        else:
+            bound = H**-0.5
+            assert bound / 3 < parameter.std() < parameter.abs().max() <= bound
     assert loaded(sequence()).isfinite().all()
