@@ -10,6 +10,7 @@ from novolstm_triton import functional, plan
 from novolstm_triton.convert import convert_model
 from novolstm_triton.functional import use_backend
 from novolstm_triton.module import LSTM, NovoLSTM, detach_state
+from novolstm_triton.sample_gradients import per_sample
 from novolstm_triton.single_step import LSTMCell, NovoLSTMCell
 from novolstm_triton.torch_lstm import TorchLSTM
 
@@ -23,6 +24,7 @@ __all__ = [
     "convert_model",
     "detach_state",
     "functional",
+    "per_sample",
     "plan",
     "use_backend",
 ]

@@ -41,7 +41,13 @@ class Recurrent(nn.Module):
 
         Raises:
             TypeError: more than two positional arguments.
+            NotImplementedError: Opacus has been told to make gradients per sample of this module as it is.
         """
+        if "ft_compute_sample_grad" in self.__dict__:
+            raise NotImplementedError(
+                f"Opacus: {type(self).__name__} has several results, and its hooks see one: "
+                "call novolstm_triton.per_sample(model) first"
+            )
         if len(args) > 2:
             raise TypeError(
                 f"{type(self).__name__}: expected input and hx, got {len(args)} positional arguments; "

@@ -1,0 +1,167 @@
+"""Layers and cells for tools that want one gradient for each sample of a batch: `per_sample`."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from novolstm_triton.functional import check_lengths
+from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+from novolstm_triton.recurrent import Recurrent, State, layer_weights
+from novolstm_triton.single_step import LSTMCell, NovoLSTMCell, SingleCell
+
+
+def per_sample(model: nn.Module) -> nn.Module:
+    """Prepare the layers and cells of a model for a tool that computes gradients per sample, like Opacus.
+
+    Such a tool hooks a module, keeps its input and the gradient of its output, and runs the module again for each
+    sample. It can do so with one tensor each, batch first, and not with lengths or states, whose part in the gradient
+    would be lost. So the modules become such that the hooks see one tensor with all that a sample has, and return one
+    with y and both states. Calls, results, parameters, their names and the optimizer's view of them stay as they were.
+
+    Args:
+        model: changed in place; layers and cells of this library, and whatever else.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: it has a layer or cell of a class of its own, `TorchLSTM` included: take `LSTM`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"per_sample: expected an nn.Module, got {type(model).__name__}")
+    found = [m for m in model.modules() if isinstance(m, Recurrent) and not isinstance(m, _PerSample)]
+    for module in found:
+        if type(module) not in _COUNTERPARTS:
+            raise TypeError(f"per_sample: expected one of {[c.__name__ for c in _COUNTERPARTS]}, got {type(module)}")
+    for module in found:
+        module.__class__ = _COUNTERPARTS[type(module)]
+    return model
+
+
+class _PerSample(Recurrent):
+    """What the counterparts have in common: a call outside the hooks, around `forward` inside them."""
+
+    def __call__(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as ever; or run a sample again, given as `forward` takes it.
+
+        Raises:
+            ValueError: an option or argument with which gradients per sample would be wrong, or are not to be had.
+        """
+        if isinstance(input, Tensor) and input.dim() > 3 and input.shape[:3] == (1, 1, 1):
+            return nn.Module.__call__(self, input)
+        return self._call_with_rows(input, *args, **kwargs)
+
+    def _call_with_rows(self, input: Any, hx: State | None = None) -> Any:
+        """Make one tensor of the arguments, call the module with its hooks, and undo the result."""
+        raise NotImplementedError
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise ValueError(f"{type(self).__name__}: {why}, for gradients per sample")
+
+
+class _PerSampleLayer(_PerSample, RecurrentLayer):
+    def _call_with_rows(self, input: Any, hx: State | None = None, *, lengths: Tensor | None = None) -> Any:
+        if isinstance(input, PackedSequence):
+            self._refuse("expected padded input and lengths=, got a PackedSequence")
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            self._refuse("expected a batched input Tensor, [B, T, I] or [T, B, I]")
+        if self.training and ((self.num_layers > 1 and self.dropout) or self.recurrent_dropout):
+            self._refuse("expected no dropout and no recurrent_dropout, whose masks would be drawn again")
+        if self.training and (self.zoneout_h or self.zoneout_c):
+            self._refuse("expected no zoneout, whose choices would be drawn again")
+        x = input.transpose(0, 1) if self.batch_first else input
+        (steps, batch, _), (number, projected, hidden) = x.shape, self._state_sizes()
+        self._check_input(x, self._read_weights()[0][0]["weight_ih"])
+        shapes = (number, batch, projected), (number, batch, hidden)
+        states = map(x.new_zeros, shapes) if hx is None else self._check_state(hx, x, batch, True)
+        parts = [x.transpose(0, 1), *(s.transpose(0, 1) for s in states)]
+        if lengths is not None:
+            ends = check_lengths(lengths, x)
+            assert ends is not None
+            # Which steps are valid, rather than how many: 16 bits hold no long length exactly.
+            parts.append((torch.arange(steps, device=x.device) < ends.unsqueeze(1)).to(x.dtype))
+        rows = torch.cat([part.flatten(1) for part in parts], 1)
+        # More dimensions than any input has; one more says that the valid steps are among the numbers.
+        result = nn.Module.__call__(self, rows.reshape(batch, *(1,) * len(parts[2:]), 1, rows.shape[1]))
+        y, h_n, c_n = self._split(result, steps * self._features(), number * projected, number * hidden)
+        y = y.reshape(batch, steps, -1)
+        h_n, c_n = (s.reshape(batch, number, -1).transpose(0, 1) for s in (h_n, c_n))
+        return (y if self.batch_first else y.transpose(0, 1)), (h_n, c_n)
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Any:
+        """Run the layer on rows that hold all of a sample: x, h_0, c_0, and which steps are valid, if it has lengths.
+
+        Args:
+            input: [B, 1, 1, ·], or [B, 1, 1, 1, ·] with the valid steps.
+            *_: nothing; as there is for other layers.
+            **__: likewise.
+
+        Returns:
+            [B, ·], y, h_n and c_n of each sample.
+        """
+        has_lengths, rows = input.dim() == 5, input.flatten(1)
+        batch, (number, projected, hidden) = rows.shape[0], self._state_sizes()
+        inputs = self.input_size + has_lengths
+        steps = (rows.shape[1] - number * (projected + hidden)) // inputs
+        x, h_0, c_0, valid = self._split(
+            rows, steps * self.input_size, number * projected, number * hidden, steps * has_lengths
+        )
+        x = x.reshape(batch, steps, self.input_size)
+        h_0, c_0 = (s.reshape(batch, number, -1).transpose(0, 1) for s in (h_0, c_0))
+        lengths = (valid > 0.5).sum(1) if has_lengths else None
+        y, states = super().forward(x if self.batch_first else x.transpose(0, 1), (h_0, c_0), lengths=lengths)
+        y = y if self.batch_first else y.transpose(0, 1)
+        return torch.cat([part.flatten(1) for part in (y, *(s.transpose(0, 1) for s in states))], 1)
+
+    def _state_sizes(self) -> tuple[int, int, int]:
+        """Return the number of states, and the units of h and of c."""
+        return self.num_layers * (2 if self.bidirectional else 1), self.proj_size or self.hidden_size, self.hidden_size
+
+    def _features(self) -> int:
+        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+
+    @staticmethod
+    def _split(rows: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        return rows.split(sizes, 1)
+
+
+class _PerSampleCell(_PerSample, SingleCell):
+    def _call_with_rows(self, input: Any, hx: State | None = None) -> Any:
+        if not isinstance(input, Tensor) or input.dim() != 2:
+            self._refuse("expected a batched input Tensor, [B, I]")
+        state = input.new_zeros(len(input), self.hidden_size)
+        h, c = (state, state) if hx is None else self._check_state(hx, True)
+        self._check(input, h, c, layer_weights(self, "")["weight_ih"])
+        rows = torch.cat((input, h, c), 1)
+        return nn.Module.__call__(self, rows.reshape(len(rows), 1, 1, -1)).chunk(2, 1)
+
+    def forward(self, input: Tensor, *_: Any, **__: Any) -> Any:
+        """Take a step for rows [B, 1, 1, I + 2H], each x, h and c of a sample; return [B, 2H], the new h and c."""
+        x, h, c = input.flatten(1).split((self.input_size, self.hidden_size, self.hidden_size), 1)
+        return torch.cat(super().forward(x, (h, c)), 1)
+
+
+class PerSampleLSTM(_PerSampleLayer, LSTM):
+    """An `LSTM` after `per_sample`."""
+
+
+class PerSampleNovoLSTM(_PerSampleLayer, NovoLSTM):
+    """A `NovoLSTM` after `per_sample`."""
+
+
+class PerSampleLSTMCell(_PerSampleCell, LSTMCell):
+    """An `LSTMCell` after `per_sample`."""
+
+
+class PerSampleNovoLSTMCell(_PerSampleCell, NovoLSTMCell):
+    """A `NovoLSTMCell` after `per_sample`."""
+
+
+_COUNTERPARTS: dict[type, Any] = {
+    LSTM: PerSampleLSTM,
+    NovoLSTM: PerSampleNovoLSTM,
+    LSTMCell: PerSampleLSTMCell,
+    NovoLSTMCell: PerSampleNovoLSTMCell,
+}
