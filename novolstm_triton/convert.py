@@ -39,7 +39,7 @@ L = TypeVar("L", pytorch.LSTM, LSTM, NovoLSTM)
 
 
 def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
-    """Do what `LSTM.from_torch` says."""
+    """Implement `LSTM.from_torch`."""
     _check_source(source, (pytorch.LSTM,), "nn.LSTM")
     check_fixed(options, _FIXED, "the nn.LSTM")
     weights = _weights(source)
@@ -49,7 +49,7 @@ def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]
 
 
 def lstm_to_torch(source: LSTM) -> nn.LSTM:
-    """Do what `LSTM.to_torch` says."""
+    """Implement `LSTM.to_torch`."""
     for name in _REGULARISERS:
         if value := getattr(source, name):
             raise ValueError(f"{name}: expected 0, because nn.LSTM has none, got {value}")
@@ -57,7 +57,7 @@ def lstm_to_torch(source: LSTM) -> nn.LSTM:
 
 
 def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Mapping[str, Any]) -> NovoLSTM:
-    """Do what `NovoLSTM.from_lstm` says."""
+    """Implement `NovoLSTM.from_lstm`."""
     _check_source(source, (pytorch.LSTM, LSTM), "nn.LSTM or LSTM")
     check_fixed(options, _FIXED, "the LSTM")
     weights = _weights(source)
@@ -68,7 +68,7 @@ def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Map
     with torch.no_grad():
         for name, weight in weights.items():
             parameter = target.get_parameter(name)
-            # Blocks i|f|g|o come first in both; p's, where there is one, stays as it was drawn.
+            # Blocks i|f|g|o come first in both; that of p, if any, stays as it was drawn.
             parameter[: weight.shape[0]].copy_(weight)
             _mark_like(parameter, weight)
     return _finished(target, source, {})
@@ -132,7 +132,7 @@ def convert_model(
     `TorchLSTM` becomes an nn.LSTM.
 
     With to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model
-    then computes something else and wants training, with an optimizer made for its new parameters.
+    then computes something else and needs training, with an optimizer made for its new parameters.
 
     A layer that the model uses in several places remains one, and takes the place of the old one wherever the model
     holds that: in lists and dictionaries, attributes of any object, closures, bound methods, hooks of other modules.
@@ -167,8 +167,8 @@ def convert_model(
         The converted model, and the report, whose str() is the table.
 
     Raises:
-        TypeError: `model` is no module, a flag no bool, or there is no such option.
-        ValueError: there is no such target, or an option does not fit a layer, or the model cannot be copied. The model
+        TypeError: `model` is not a module, a flag is not a bool, or an option is unknown.
+        ValueError: an unknown target, an option that does not fit a layer, or a model that cannot be copied. The model
             is unchanged then.
     """
     if not isinstance(model, nn.Module):
@@ -285,7 +285,7 @@ def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], refer
     if cls is NovoLSTM:
         return _reason_of_parameters(module, users, references)
     if cls is pytorch.LSTM and (regulariser := next(filter(vars(module).get, _REGULARISERS), None)):
-        return f"has {regulariser}, which nn.LSTM has not"
+        return f"has {regulariser}, which nn.LSTM lacks"
     return None
 
 
@@ -415,7 +415,7 @@ def _replacement(old: nn.LSTM | LSTM, cls: type[Any], options: Mapping[str, Any]
     if cls is NovoLSTM:
         return novolstm_from_lstm(NovoLSTM, old, options)
     own = {} if cls is pytorch.LSTM else _our_options(old)
-    # The model's own Parameters move over: whoever shares or optimises them goes on doing so.
+    # The model's own Parameters move over: whatever shares or optimises them continues to.
     return _finished(_empty(cls, old, own | dict(options)), old, _weights(old))
 
 
@@ -428,7 +428,7 @@ def _weights(source: nn.Module) -> dict[str, nn.Parameter]:
     """Return an LSTM's parameters by their names.
 
     Raises:
-        ValueError: it has not those of an LSTM.
+        ValueError: its parameters are not those of an LSTM.
     """
     if (difference := _difference(source)) is not None:
         raise ValueError(f"lstm: expected the parameters of a plain LSTM, got one where {difference}")

@@ -13,7 +13,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def forward_flops(x: Sequence[int], h_0: Any, c_0: Any, weight_ih: Any, weight_hh: Any, *others: Any, **_: Any) -> int:
-    """Return what the matrix products of forward take, an addition and a multiplication being two operations.
+    """Return the operations of forward's matrix products; an addition and a multiplication are two operations.
 
     That is 2·T·B·H·(G·I + R·P) for each direction, lengths notwithstanding: every row counts with all T steps.
 
@@ -42,7 +42,7 @@ def backward_flops(
     *others: Any,
     **_: Any,
 ) -> int:
-    """Return what the products of the gradients take: twice those of forward, if all of them are asked for.
+    """Return the operations of the gradients' products: twice those of forward, if all gradients are asked for.
 
     Gates that a backend computes once more in backward do not count: they are not the layer's work but the price of the
     memory saved, and differ between backends.

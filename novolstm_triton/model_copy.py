@@ -1,4 +1,4 @@
-"""Deep copies of models, such as `copy.deepcopy` refuses or leaves half attached to the original."""
+"""Deep copies of models, including those that `copy.deepcopy` refuses or leaves half attached to the original."""
 
 import copy
 from collections.abc import Callable, Iterator

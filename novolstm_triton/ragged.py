@@ -1,4 +1,4 @@
-"""Rows of different length, run with as little padding as pays.
+"""Rows of different length, run with no more padding than pays off.
 
 Padded to the longest, a thousand short rows beside one long row would be almost nothing but padding. So rows are sorted
 by length, the longest first, and cut into buckets of similar length, each of which runs as a batch of its own.
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 _ROWS_WORTH_A_STEP = 16
-"""So many rows cost about what a step costs by itself: a tile of the kernels, or the calls that a step is on a CPU."""
+"""The rows that cost as much as a step's fixed cost: a tile of the kernels, or a step's operator calls on a CPU."""
 
 _WORTH_A_CALL = 16 * _ROWS_WORTH_A_STEP
-"""Steps times rows that cost about what a bucket costs by itself."""
+"""The steps times rows that cost as much as a bucket's fixed cost."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Who holds an object: the graph of Python objects that a model reaches, and replacing objects wherever they are held.
 
 A module is not only in its parent's `_modules`. Lists, dictionaries, closures, bound methods and hooks hold it, too,
-and go on calling it when it was replaced in one place.
+and go on calling it after it was replaced in one place only.
 """
 
 import collections
@@ -52,7 +52,7 @@ _CACHES = ("_flat_weights", "_flat_weight_refs")
 _KEY = "(key)"
 
 _LIBRARIES = sys.stdlib_module_names | {"torch", "novolstm_triton"}
-"""Packages whose classes are known to hold no module of anybody's."""
+"""Packages whose classes are known to hold no modules of a program."""
 
 Put = Callable[[Any, Any], None]
 """Puts a new object in the place of the present one: put(present, new)."""

@@ -1,4 +1,4 @@
-"""Layers and cells for tools that want one gradient for each sample of a batch: `per_sample`."""
+"""Layers and cells for tools that compute one gradient for each sample of a batch: `per_sample`."""
 
 from typing import Any, NoReturn
 
@@ -17,11 +17,12 @@ def per_sample(model: nn.Module) -> nn.Module:
 
     Such a tool hooks a module, keeps its input and the gradient of its output, and runs the module again for each
     sample. It can do so with one tensor each, batch first, and not with lengths or states, whose part in the gradient
-    would be lost. So the modules become such that the hooks see one tensor with all that a sample has, and return one
-    with y and both states. Calls, results, parameters, their names and the optimizer's view of them stay as they were.
+    would be lost. So the modules are changed: the hooks see one tensor with all that belongs to a sample, and one
+    result with y and both states. Calls, results, parameters, their names and the optimizer's view of them stay as they
+    were.
 
     Args:
-        model: changed in place; layers and cells of this library, and whatever else.
+        model: changed in place; it may hold other modules besides this library's.
 
     Returns:
         The model.
@@ -44,10 +45,10 @@ class _PerSample(Recurrent):
     """What the counterparts have in common: a call outside the hooks, around `forward` inside them."""
 
     def __call__(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the module as ever; or run a sample again, given as `forward` takes it.
+        """Call the module as usual; or run a sample again, given as `forward` takes it.
 
         Raises:
-            ValueError: an option or argument with which gradients per sample would be wrong, or are not to be had.
+            ValueError: an option or argument with which gradients per sample would be wrong or impossible.
         """
         if isinstance(input, Tensor) and input.dim() > 3 and input.shape[:3] == (1, 1, 1):
             return nn.Module.__call__(self, input)

@@ -23,8 +23,8 @@ class TorchLSTM(LSTM, pytorch.LSTM):
     `_flat_weights`, `_flat_weights_names`, `_all_weights`, `check_input` and so on, and `flatten_parameters` does what
     it does there.
 
-    It costs one thing: `torch.compile` leaves every nn.LSTM out of the graph, this one, too, and fullgraph=True is an
-    error. Where nothing asks for the type, take `LSTM`.
+    It has one disadvantage: `torch.compile` leaves every nn.LSTM out of the graph, including this one, and
+    fullgraph=True is an error. Where nothing asks for the type, take `LSTM`.
 
     Args:
         input_size: number of features of the input.

@@ -317,9 +317,9 @@ def test_back_from_what_nn_lstm_has_not():
     model += [nn.LSTM(I, H), nn.GRU(I, H), LSTMCell(I, H), TorchLSTM(I, H, backend="reference")]
     back, report = convert_model(model, to="torch", verbose=False)
     assert [entry.note for entry in report.entries] == [
-        "has zoneout_c, which nn.LSTM has not",
+        "has zoneout_c, which nn.LSTM lacks",
         "computes something else than an LSTM",
-        "has recurrent_dropout, which nn.LSTM has not",
+        "has recurrent_dropout, which nn.LSTM lacks",
         "is one already",
         "no LSTM",
         "a cell, which takes single steps",
