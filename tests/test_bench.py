@@ -72,7 +72,14 @@ def test_flashrnn_is_called_in_its_own_layout(monkeypatch):
 def test_suite_measures_time_memory_and_first_call(tmp_path):
     results = tmp_path / "results.json"
     command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-q", f"--benchmark-json={results}"]
-    command += ["-p", "no:cacheprovider", "-k", "torch-fp32 and (T32 or first or (memory and T128))"]
+    command += [
+        "--benchmark-max-time=0.01",
+        "--benchmark-min-rounds=1",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "torch-fp32 and (T32 or first or (memory and T128))",
+    ]
     # Nor is the suite in there a worker of this one, which would measure nothing.
     ours = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
     environment = {name: value for name, value in os.environ.items() if name not in ours}

@@ -1,6 +1,5 @@
 """The layers in two processes that talk over gloo: DistributedDataParallel and fully_shard against one process."""
 
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from .support.layers import H, I, T, layer, sequence
 
 STEPS, ROWS, WORLD = 6, 4, 2
 
-LIMIT_S = 120
-"""Time after which two processes that wait for each other have failed."""
+LIMIT_S = 60
+"""Time after which processes that wait for each other have failed."""
 
 OPTIONS = dict(num_layers=2, bidirectional=True)
 
@@ -69,7 +68,7 @@ def work(rank: int, folder: str) -> None:
     meeting = f"file://{folder}/meeting"
     try:
         distributed.init_process_group(
-            "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=LIMIT_S / 2)
+            "gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=LIMIT_S)
         )
     except Exception as error:
         raise RuntimeError("gloo cannot connect two processes here: does a sandbox forbid local sockets?") from error
@@ -95,10 +94,10 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed")
     processes = start_processes(work, (str(path),), nprocs=WORLD, join=False, start_method="spawn")
     assert processes is not None
-    end = time.monotonic() + LIMIT_S
     try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"two processes did not end in {LIMIT_S} s"
+        # Returns at the end of each; where one waits in vain, gloo gives up.
+        while not processes.join():
+            pass
     finally:
         for process in processes.processes:
             if process is not None:

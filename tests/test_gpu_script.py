@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,15 +168,26 @@ def test_lost_worker_says_what_it_was_at(start, task, reason):
     assert worker.process.poll() is not None
 
 
+def test_worker_ends_at_the_deadline(start):
+    worker = start()
+    with pytest.raises(gpu_processes.Lost, match="out of time"):
+        worker.run({"name": "late", "hang": True}, deadline=0.0)
+    assert worker.process.poll() is not None
+
+
+def join(compilers):
+    for thread in compilers._threads:
+        thread.join()
+
+
 def test_compilers_outlive_a_lost_worker_and_stop_at_once(start):
     compilers = gpu_processes.Compilers([{"name": "a"}, {"name": "b", "die": True}, {"name": "c"}], 1, start)
-    while compilers.busy():
-        time.sleep(0.01)
+    join(compilers)
     assert compilers.seconds == {"a": 1.5, "c": 1.5}
     compilers = gpu_processes.Compilers([{"name": "a", "hang": True}], 2, start)
     compilers.stop()
-    while compilers.busy():
-        time.sleep(0.01)
+    join(compilers)
+    assert not compilers.busy()
 
 
 def test_run_goes_on_after_a_lost_worker(start, tmp_path, capsys):
@@ -190,17 +201,35 @@ def test_run_goes_on_after_a_lost_worker(start, tmp_path, capsys):
     run.drop()
 
 
-def test_time_ends_between_tasks(start, tmp_path, monkeypatch):
+class Timed:
+    """A worker whose every task takes some seconds of a clock that nobody else turns."""
+
+    now, takes = 0.0, 0.0
+
+    def run(self, task, stall_s, deadline):
+        Timed.now += self.takes
+        if Timed.now > deadline:
+            raise gpu_processes.Lost("", "out of time")
+        return {"results": [{"name": task["name"], "ok": True, "message": "-"}]}
+
+    def kill(self):
+        pass
+
+
+@pytest.mark.parametrize("takes", [10.0, 11.0], ids=["before-a-task", "within-a-task"])
+def test_time_ends(takes, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: Timed.now))
     monkeypatch.setattr(gpu, "least_seconds", lambda task: 1.0)
-    run = gpu.Run(tmp_path, "cuda", 30.0, 1)
-    run.start = start
+    monkeypatch.setattr(Timed, "now", 0.0)
+    monkeypatch.setattr(Timed, "takes", takes)
+    run = gpu.Run(tmp_path, "cpu", 20.5, 1)
+    run.start = Timed
     tasks = [gpu_tasks.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
-    tasks[1]["hang"] = True
     names = [task["name"] for task in tasks]
-    run.began = time.monotonic() - 28.0
-    run._work_off(tasks, gpu_processes.Compilers([], 0, start))
-    assert [check["name"] for check in run.report["checks"]] == names[:1]
-    assert run.report["unfinished"] == names[1:]
+    run._work_off(tasks, gpu_processes.Compilers([], 0, Timed))
+    done = 2 if takes == 10 else 1
+    assert [check["name"] for check in run.report["checks"]] == names[:done]
+    assert run.report["unfinished"] == names[done:]
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
@@ -216,10 +245,25 @@ def test_bad_arguments_and_a_missing_device_exit_with_2(tmp_path):
     assert (result.returncode, "positive" in result.stderr) == (2, True)
 
 
-@pytest.mark.skipif(
+needs_interpreter = pytest.mark.skipif(
     triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
     reason="the interpreter of Triton 3.6 needs NumPy before 2.4",
 )
+
+
+@needs_interpreter
+def test_workers_check_and_time_in_the_interpreter(tmp_path):
+    check, *_ = gpu_tasks.smoke_tasks()
+    rows = gpu_tasks.rows(2, 1, 2, gpu_tasks.entry("reference", "fp32"), rounds=1)
+    run = gpu.Run(tmp_path, "cpu", math.inf, 1)
+    assert run.go([check, rows]) == 0, (tmp_path / "workers.log").read_text()
+    report = json.loads((tmp_path / "cpu-interpreter.json").read_text())
+    assert [(c["name"], c["ok"]) for c in report["checks"]] == [(check["name"], True)]
+    assert [row["forward_us_per_step"] > 0 for row in report["rows"]] == [True]
+
+
+@needs_interpreter
+@pytest.mark.exhaustive
 def test_whole_script_in_the_interpreter(tmp_path):
     result = run_script(str(tmp_path), "--device", "cpu", "--seconds", "120")
     assert result.returncode == 0, result.stdout + result.stderr + (tmp_path / "workers.log").read_text()

@@ -257,28 +257,25 @@ def test_threads_compute_what_each_computes_alone(kind, shared):
             assert_equal(results, alone[k])
 
 
-def python(code: str, **environment: str) -> str:
-    """Run code in a process of its own; return what it prints."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")}
-    inherited |= {"PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-FORK = """
+CHILD = """
 import multiprocessing
+import sys
 import torch
-from novolstm_triton import LSTM, NovoLSTM
 
+def refuse(*args, **kwargs):
+    raise AssertionError("the device was initialised")
+
+torch.cuda._lazy_init = refuse
 torch.set_num_threads(1)
+before = set(sys.modules)
+import novolstm_triton
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
 
 def gradients():
     torch.manual_seed(0)
     found = []
-    for kind in (LSTM, NovoLSTM):
-        layer = kind(3, 4)
+    for kind in (novolstm_triton.LSTM, novolstm_triton.NovoLSTM):
+        layer = kind(3, 4, num_layers=2, bidirectional=True)
         layer(torch.randn(5, 2, 3))[0].square().sum().backward()
         found += [p.grad for p in layer.parameters()]
     return [g.tolist() for g in found]
@@ -290,66 +287,19 @@ context = multiprocessing.get_context("fork")
 receiver, sender = context.Pipe(duplex=False)
 process = context.Process(target=child, args=(sender,))
 process.start()
-assert receiver.poll(60)
 results = receiver.recv()
-process.join(60)
+process.join()
 assert process.exitcode == 0
-assert results == gradients()
-print("same")
+print(results == gradients())
+print(torch.cuda.is_initialized() or "novolstm_triton.launch" in sys.modules)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_layers_work_after_a_fork():
-    assert python(FORK) == "same\n"
-
-
-# Children share the parent's import of PyTorch, and each imports this package for the first time.
-IMPORT = """
-import os, time
-import torch
-
-def cost():
-    receiver, sender = os.pipe()
-    if os.fork() == 0:
-        start = time.process_time()
-        import novolstm_triton
-        os.write(sender, str(time.process_time() - start).encode())
-        os._exit(0)
-    os.close(sender)
-    os.wait()
-    return float(os.read(receiver, 100))
-
-print(min(cost() for _ in range(6)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_import_costs_little_beyond_that_of_pytorch(tmp_path):
-    """The first of the processes writes the bytecode that the others read."""
-    assert float(python(IMPORT, PYTHONPYCACHEPREFIX=str(tmp_path))) < 0.05
-
-
-UNTOUCHED = """
-import sys
-import torch
-
-def refuse(*args, **kwargs):
-    raise AssertionError("the device was initialised")
-
-torch.cuda._lazy_init = refuse
-before = set(sys.modules)
-import novolstm_triton
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert new.isdisjoint({"triton", "h5py", "transformers"}), new
-for kind in (novolstm_triton.LSTM, novolstm_triton.NovoLSTM):
-    layer = kind(3, 4, num_layers=2, bidirectional=True)
-    layer(torch.randn(5, 2, 3))[0].sum().backward()
-assert not torch.cuda.is_initialized()
-assert "novolstm_triton.launch" not in sys.modules
-print("untouched")
-"""
-
-
-def test_import_and_work_on_a_cpu_touch_no_device():
-    assert python(UNTOUCHED) == "untouched\n"
+def test_import_brings_nothing_else_and_layers_work_after_a_fork_without_a_device():
+    """In a process of its own, which has imported PyTorch."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    new, same, touched = run.stdout.splitlines()
+    assert (new, same, touched) == ("novolstm_triton", "True", "False")

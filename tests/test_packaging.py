@@ -126,19 +126,15 @@ def test_installed_package_works_without_triton(wheel, tmp_path):
     assert pathlib.Path(result.stdout.strip()) == tmp_path / "novolstm_triton" / "__init__.py"
 
 
-def test_checkout_works_without_triton():
-    result = python(USE_WITHOUT_TRITON, ROOT)
-    assert result.returncode == 0, result.stderr
+def test_checkout_works_without_triton_and_says_so_if_asked_for_it():
+    code = USE_WITHOUT_TRITON + "layer.backend = 'triton'; layer(torch.randn(5, 2, 3))"
+    result = python(code, ROOT)
+    assert result.stdout.strip() == str(ROOT / "novolstm_triton" / "__init__.py"), result.stderr
+    assert result.returncode != 0
+    assert "backend 'triton' needs" in result.stderr
 
 
 def test_kernels_is_no_package_of_its_own():
     result = python("import kernels", ROOT)
     assert result.returncode != 0
     assert "this folder is the package novolstm_triton.kernels and was imported as 'kernels'" in result.stderr
-
-
-def test_triton_asked_for_and_missing_says_so():
-    code = USE_WITHOUT_TRITON + "layer.backend = 'triton'; layer(torch.randn(5, 2, 3))"
-    result = python(code, ROOT)
-    assert result.returncode != 0
-    assert "backend 'triton' needs" in result.stderr

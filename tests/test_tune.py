@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import textwrap
-import time
 
 import pytest
 import torch
@@ -273,11 +272,9 @@ def process(tmp_path, monkeypatch):
 def test_lost_call_costs_itself_alone(function, timeout_s, message, process):
     assert process.call("double", 60, number=4) == 8
     child = process._process
-    began = time.monotonic()
     with pytest.raises(CallError, match=message):
         process.call(function, timeout_s)
     assert child.poll() is not None
-    assert time.monotonic() - began < 30
     if function == "hang":
         assert process.call("double", 60, number=5) == 10
 
