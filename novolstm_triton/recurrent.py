@@ -192,7 +192,9 @@ def with_one_bias(weights: dict[str, Tensor]) -> dict[str, Any]:
     bias, recurrent = weights.get("bias_ih"), weights.get("bias_hh")
     if bias is not None and recurrent is not None:
         missing = bias.shape[-1] - recurrent.shape[-1]
-        bias = bias + (nn.functional.pad(recurrent, (0, missing)) if missing else recurrent)
+        recurrent = nn.functional.pad(recurrent, (0, missing)) if missing else recurrent
+        # The sum of two stacks would pass them one gradient, of which all biases' would be parts, two by two the same.
+        bias = torch.stack([*map(torch.add, bias, recurrent)]) if bias.dim() == 2 else bias + recurrent
     return others | {"bias": bias}
 
 
