@@ -369,6 +369,9 @@ def _run(
     *rows, hidden = map(int, h_0.shape) if _is_jit_tracing() else h_0.shape
     gates = len(CELLS[options.cell].gates)
     chunk = chunk_steps(math.prod(rows), hidden, gates, x.element_size(), backend)
+    if torch.compiler.is_exporting():
+        # torch.export.draft_export takes None, which it cannot compare before and after, for a tensor that was changed.
+        extras = _Extras(*(x.new_empty(0) if a is None else a for a in extras))
     y, h_n, c_n, _ = _call_forward(*arguments, *extras, *options, backend, chunk)
     return y, h_n, c_n
 
@@ -416,6 +419,11 @@ def _run_projected(
     return y, h_n, c_n
 
 
+def _given(*extras: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return None for those that are missing, which exported programs say by an empty tensor; there are rows here."""
+    return tuple(None if a is None or a.numel() == 0 else a for a in extras)
+
+
 @torch.library.custom_op("novolstm_triton::forward", mutates_args=())
 def forward_op(
     x: Tensor,
@@ -450,7 +458,7 @@ def forward_op(
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
-    return implementation.forward(*inputs, lengths, h_mask, zoneout_mask, **options, chunk=chunk)
+    return implementation.forward(*inputs, *_given(lengths, h_mask, zoneout_mask), **options, chunk=chunk)
 
 
 @forward_op.register_fake
@@ -498,7 +506,7 @@ def backward_op(
     implementation = importlib.import_module(_IMPLEMENTATIONS[backend])
     inputs = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
     options = _Options(eps, gate_gain, zoneout_h, zoneout_c, cell, reverse)._asdict()
-    saved = (*inputs, lengths, h_mask, zoneout_mask, y, c_border)
+    saved = (*inputs, *_given(lengths, h_mask, zoneout_mask), y, c_border)
     # A user may call backward inside an autocast region: that would round the products in here, too.
     with torch.autocast(x.device.type, enabled=False):
         gradients = implementation.backward(dy, dh_n, dc_n, *saved, **options, chunk=chunk, needs=needs)
