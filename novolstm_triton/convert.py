@@ -145,8 +145,8 @@ def convert_model(
     - layers that the model also holds in a place that cannot be changed, such as an iterator or an attribute of a
       class, or holds without having them among its modules;
     - layers with an attribute that means something else to the new one;
-    - with to="novolstm", layers with a parameter that has a second name, in them or elsewhere in the model, or hooks,
-      because the new one has another shape;
+    - with to="novolstm", layers with a parameter that has a second name or a second place, in them or elsewhere in the
+      model, such as an optimizer, or hooks, because the new one has another shape;
     - with to="torch", layers with recurrent_dropout or zoneout, and every `NovoLSTM`;
     - cells, such as nn.LSTMCell, and other recurrent layers.
 

@@ -192,8 +192,6 @@ class References:
             yield from _in_function(holder)
         elif type(holder) is types.MethodType:
             yield from (("(self)", holder.__self__, None), ("(function)", holder.__func__, None))
-        elif type(holder) is types.CellType:
-            yield from (("(cell)", held, _attribute_put(holder, "cell_contents")) for held in _in_cell(holder))
         elif type(holder) is functools.partial:
             yield from _in_partial(holder)
         elif issubclass(type(holder), weakref.ref):
@@ -261,8 +259,10 @@ class _Renewal:
         for cell, (_, held) in zip(cells, closure, strict=True):
             if any(map(self._changes, held)):
                 cell.cell_contents = self.of(held[0])
-        new.__qualname__, new.__module__, new.__doc__ = old.__qualname__, old.__module__, old.__doc__
-        new.__annotations__ = old.__annotations__
+        # Python 3.14 computes annotations when they are asked for, which may fail.
+        annotations = "__annotate__" if hasattr(old, "__annotate__") else "__annotations__"
+        for name in ("__qualname__", "__module__", "__doc__", annotations):
+            setattr(new, name, getattr(old, name))
         if old.__defaults__ is not None:
             new.__defaults__ = tuple(map(self.of, old.__defaults__))
         if old.__kwdefaults__ is not None:

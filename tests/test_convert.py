@@ -171,6 +171,12 @@ def extended() -> nn.LSTM:
     return layer
 
 
+def resized() -> nn.LSTM:
+    layer = nn.LSTM(I, H)
+    layer.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, 1))
+    return layer
+
+
 def compiled() -> Any:
     return torch.compile(nn.LSTM(I, H), backend="eager")
 
@@ -459,6 +465,15 @@ def test_what_cannot_be_copied_is_named():
         convert_model(model)
     assert convert_model(model, inplace=True, verbose=False)[1].converted
 
+    class Single(nn.Module):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there is one")
+
+    with pytest.raises(
+        ValueError, match=r"model: it cannot be copied \(RuntimeError: there is one\); with inplace=True"
+    ):
+        convert_model(Single())
+
 
 def test_our_own_layers_are_left_or_go_on_to_novolstm():
     model = nn.ModuleList([LSTM(I, H), NovoLSTM(I, H)])
@@ -478,6 +493,7 @@ def test_our_own_layers_are_left_or_go_on_to_novolstm():
         pytest.param(weight_normed, "weight_hh_l0 is parametrized, normalised or pruned", id="weight-norm"),
         pytest.param(hooked, "has hooks, which would be lost", id="hook"),
         pytest.param(patched, "a subclass with forward of its own", id="patched"),
+        pytest.param(resized, "weight_hh_l0 is a Tensor [24, 1]", id="size"),
         pytest.param(extended, "has scale beside an LSTM's parameters", id="buffer"),
         pytest.param(lambda: Doubled(I, H), "a subclass with forward of its own", id="subclass"),
         pytest.param(compiled, "is compiled: convert before torch.compile", id="compiled"),

@@ -70,6 +70,15 @@ def with_itself(layer):
     return call
 
 
+def with_empty_cell(layer):
+    def call(x):
+        return layer(x) if x is not None else later
+
+    if layer is None:
+        later = 1
+    return call
+
+
 def with_attribute(layer):
     def call(x):
         return vars(call)["layer"](x)
@@ -113,6 +122,13 @@ HOLDERS = {
     "closure": with_closure,
     "nested-closure": with_nested_closure,
     "recursive": with_itself,
+    "empty-cell": with_empty_cell,
+    "partial-in-closure": lambda layer: with_closure(functools.partial(layer)),
+    "partial-argument-in-closure": lambda layer: with_closure(
+        functools.partial(lambda x, layer: layer(x), layer=layer)
+    ),
+    "bound-in-closure": lambda layer: with_closure(layer.forward),
+    "tuple-in-closure": lambda layer: with_closure((lambda pair: lambda x: pair[0](x))((layer, 1))),
     "default": with_defaults,
     "keyword-default": with_keyword_default,
     "function-attribute": with_attribute,
