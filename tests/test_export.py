@@ -83,11 +83,8 @@ def test_one_program_for_all_lengths_and_batches(kind, options, strict):
     program = exported(module, strict)
     for steps, rows in ((7, 3), (2, 2), (5, 1), (1, 4), (130, 2)):
         given = arguments(module.rnn, steps, rows)
-        y, (h_n, c_n) = program.module()(*given)
-        expected_y, (expected_h, expected_c) = module(*given)
-        assert torch.equal(y, expected_y)
-        assert torch.equal(h_n, expected_h)
-        assert torch.equal(c_n, expected_c)
+        # Not bit for bit: a call outside a program takes a single step, and rows of very different length, otherwise.
+        torch.testing.assert_close(program.module()(*given), module(*given))
 
 
 @both
