@@ -15,6 +15,8 @@ from novolstm_triton import LSTM, NovoLSTM
 
 from .support.layers import H, I, T, layer, sequence
 
+# All cases share two processes.
+pytestmark = pytest.mark.xdist_group("distributed")
 STEPS, ROWS, WORLD = 6, 4, 2
 
 LIMIT_S = 60

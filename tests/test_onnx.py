@@ -64,6 +64,9 @@ def run_exported(module: nn.Module, example: list[Tensor], dynamic: tuple | None
     return [node.op_type for node in program.model.graph], run
 
 
+@pytest.mark.covering(
+    1, of=lambda cls, options, state, lengths, operator: (cls, state, lengths, operator, len(options))
+)
 @pytest.mark.parametrize(
     ("cls", "options", "state", "lengths", "operator"),
     [

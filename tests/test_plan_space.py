@@ -15,6 +15,8 @@ from .support.pages import device_row, protocol_row, read_rows
 from .support.plan_space import DEVICES, Protocol, flaws, protocol, survey
 from .support.seeded_faults import BOUNDED, FAULTS, TWO, mutated
 
+# A device's plans are surveyed once.
+pytestmark = pytest.mark.xdist_group("plan space")
 ROWS = {
     Protocol(kernel == "backward", exchange, int(exchanges), sums == "yes"): (kernel, exchange, exchanges, sums, waits)
     for kernel, exchange, exchanges, sums, waits in read_rows(PROTOCOL_TABLE)

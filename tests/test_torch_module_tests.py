@@ -19,7 +19,8 @@ from novolstm_triton import LSTM
 
 from .support.twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, lstm_like, running_on
 
-pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
+# What PyTorch says is found out once.
+pytestmark = [pytest.mark.filterwarnings(NO_ONEDNN), pytest.mark.xdist_group("PyTorch's tests")]
 
 CHECKS = {
     "test_forward": "test_results_are_those_of_nn_lstm, test_unbatched_is_a_batch_of_one",
