@@ -62,9 +62,8 @@ def test_hundreds_of_calls_leave_nothing(kind):
         for _ in range(200):
             train(module, x)
         found.append(counts())
-    tensors, blocks, resident = zip(
-        *([b - a for a, b in zip(*pair)] for pair in itertools.pairwise(found)), strict=True
-    )
+    growth = [[b - a for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(found)]
+    tensors, blocks, resident = zip(*growth, strict=True)
     assert tensors == (0, 0, 0)
     # A single one for every call would be two hundred, each time; a cache grows once.
     assert min(blocks) < 100
