@@ -248,7 +248,7 @@ def test_threads_compute_what_each_computes_alone(kind, shared):
 
     def repeat(k: int) -> None:
         start.wait()
-        found[k] = [run(k) for _ in range(20)]
+        found[k] = [run(k) for _ in range(8)]
 
     threads = [threading.Thread(target=repeat, args=(k,)) for k in range(2)]
     for thread in threads:
