@@ -1,8 +1,8 @@
 """Layers on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
 
-Two layers alternate, so that whatever else the machine does meets both, and the ratio of their times is held under its
-bound: `test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. For one
-layer at a time, and other sizes: bench_throughput.py.
+Two layers alternate, so that whatever else the machine does meets both, and the median ratio of their times is printed:
+`test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. For one layer at a
+time, and other sizes: bench_throughput.py.
 """
 
 import statistics
@@ -15,13 +15,12 @@ import torch
 
 from novolstm_triton import LSTM, LSTMCell, NovoLSTM
 
-# (T, B, I, H): the bound on time(NovoLSTM) / time(nn.LSTM), forward + backward.
-BOUNDS = {(256, 32, 256, 256): 3.0, (1024, 8, 128, 128): 3.0, (512, 64, 256, 512): 3.0, (256, 1, 256, 256): 4.0}
-IDS = ["T{}-B{}-I{}-H{}".format(*sizes) for sizes in BOUNDS]
-LAYERS = {"novolstm": NovoLSTM, "nn.LSTM": torch.nn.LSTM}
+LAYERS = {"NovoLSTM": NovoLSTM, "LSTM": LSTM}
+# (T, B, I, H)
+SIZES = [(512, 64, 256, 512), (256, 32, 256, 256), (1024, 8, 128, 128), (256, 1, 256, 256)]
+IDS = ["T{}-B{}-I{}-H{}".format(*sizes) for sizes in SIZES]
 
-# Of calls of one step, 4 rows, I = H = 32, without and with a graph for backward.
-STEP_BOUND = 2.0
+# Ours, PyTorch's, options, and the input of one step.
 STEPS = {
     "cell": (LSTMCell, torch.nn.LSTMCell, {}, (4, 32)),
     "layer": (LSTM, torch.nn.LSTM, {}, (1, 4, 32)),
@@ -96,13 +95,13 @@ def ratio_of(benchmark: Any, jobs: dict[str, Callable[[], None]], rounds: int) -
     return ratio
 
 
-@pytest.mark.parametrize("sizes", BOUNDS, ids=IDS)
-def test_ratio(benchmark, sizes):
+@pytest.mark.parametrize("sizes", SIZES, ids=IDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ratio(benchmark, name, sizes):
     benchmark.group = "ratio"
-    jobs = {name: job(layer_type, sizes) for name, layer_type in LAYERS.items()}
+    jobs = {name: job(LAYERS[name], sizes), "nn.LSTM": job(torch.nn.LSTM, sizes)}
     ratio = ratio_of(benchmark, jobs, rounds_of(sizes))
-    print(f"\n{sizes}: {ratio:.2f} times nn.LSTM")
-    assert ratio <= BOUNDS[sizes]
+    print(f"\n{name} {sizes}: {ratio:.2f} times nn.LSTM")
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
@@ -114,4 +113,3 @@ def test_ratio_of_a_step(benchmark, name, grad):
         jobs = {kind.__module__.partition(".")[0]: step_job(kind, options, shape) for kind in types}
         ratio = ratio_of(benchmark, jobs, 21)
     print(f"\n{name}, {'with' if grad else 'without'} a graph: {ratio:.2f} times PyTorch's")
-    assert ratio <= STEP_BOUND
