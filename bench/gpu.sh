@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and times the layer on this machine's GPU; see gpu.py, whose options follow OUT_DIR.
+# Checks and times the layer on this machine's GPU; gpu/__init__.py says how. Its options follow OUT_DIR.
 #
 #     bash bench/gpu.sh OUT_DIR [--seconds 500]
 #
@@ -10,5 +10,5 @@ if [ $# -lt 1 ]; then
     exit 2
 fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# gpu.py ends by itself; this is for a driver that takes it along.
-exec timeout --foreground --kill-after=5 535 "${PYTHON:-python3}" "$root/bench/gpu.py" "$@"
+# It ends by itself; this is for a driver that takes it along.
+exec timeout --foreground --kill-after=5 535 "${PYTHON:-python3}" "$root/bench/gpu" "$@"

@@ -12,7 +12,7 @@ from novolstm_triton import problems
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
-layers, gpu_claims = map(importlib.import_module, ("layers", "gpu_claims"))
+layers, gpu_claims = map(importlib.import_module, ("layers", "gpu.claims"))
 
 
 class Device:

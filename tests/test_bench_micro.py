@@ -1,4 +1,4 @@
-"""bench/gpu_micro.py's kernels whose programs wait for each other, interpreted with their programs concurrent."""
+"""bench/gpu/micro.py's kernels whose programs wait for each other, interpreted with their programs concurrent."""
 
 import importlib
 import pathlib
@@ -11,7 +11,7 @@ from novolstm_triton.testing import cooperative
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
-gpu_micro = importlib.import_module("gpu_micro")
+gpu_micro = importlib.import_module("gpu.micro")
 
 
 @pytest.mark.parametrize("seed", range(3))

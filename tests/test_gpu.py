@@ -29,11 +29,11 @@ CHOICES = {"default": {}} | {name: dict(exchange=name) for name in plan.EXCHANGE
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return a process with the functions of bench/gpu_claims.py, in which Triton compiles."""
+    """Return a process with the functions of bench/gpu/claims.py, in which Triton compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]))
-        with Isolated("gpu_claims") as process:
+        with Isolated("gpu.claims") as process:
             yield process
 
 

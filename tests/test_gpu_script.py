@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: its order, clock, files and workers; and all of it once, in the interpreter."""
+"""bench/gpu without a GPU: its order, clock, files and workers; and all of it once, in the interpreter."""
 
 import importlib
 import json
@@ -19,8 +19,8 @@ from novolstm_triton import plan
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Its files find each other so; at the end, where they hide nothing.
 sys.path.append(str(ROOT / "bench"))
-gpu, gpu_processes, gpu_results, gpu_tasks = map(
-    importlib.import_module, ("gpu", "gpu_processes", "gpu_results", "gpu_tasks")
+gpu_run, gpu_processes, gpu_results, gpu_tasks = map(
+    importlib.import_module, ("gpu.run", "gpu.processes", "gpu.results", "gpu.tasks")
 )
 
 # Answers each task as the task itself says.
@@ -191,7 +191,7 @@ def test_compilers_outlive_a_lost_worker_and_stop_at_once(start):
 
 
 def test_run_goes_on_after_a_lost_worker(start, tmp_path, capsys):
-    run = gpu.Run(tmp_path, "cuda", 60.0, 1)
+    run = gpu_run.Run(tmp_path, "cuda", 60.0, 1)
     run.start = start
     tasks = [gpu_tasks.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
     tasks[1]["die"] = True
@@ -218,11 +218,11 @@ class Timed:
 
 @pytest.mark.parametrize("takes", [10.0, 11.0], ids=["before-a-task", "within-a-task"])
 def test_time_ends(takes, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: Timed.now))
-    monkeypatch.setattr(gpu, "least_seconds", lambda task: 1.0)
+    monkeypatch.setattr(gpu_run, "time", SimpleNamespace(monotonic=lambda: Timed.now))
+    monkeypatch.setattr(gpu_run, "least_seconds", lambda task: 1.0)
     monkeypatch.setattr(Timed, "now", 0.0)
     monkeypatch.setattr(Timed, "takes", takes)
-    run = gpu.Run(tmp_path, "cpu", 20.5, 1)
+    run = gpu_run.Run(tmp_path, "cpu", 20.5, 1)
     run.start = Timed
     tasks = [gpu_tasks.check("exact", 1, 1, hidden, "fp32") for hidden in (1, 2, 3)]
     names = [task["name"] for task in tasks]
@@ -237,6 +237,15 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHON": sys.executable})
+
+
+@pytest.mark.parametrize("module", ["checks", "timing"])
+def test_workers_use_the_library_of_this_checkout_beside_another(module, tmp_path):
+    (tmp_path / "novolstm_triton.py").write_text("raise ImportError('another library')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "bench")])}
+    command = [sys.executable, "-c", f"import gpu.{module}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_bad_arguments_and_a_missing_device_exit_with_2(tmp_path):
@@ -255,7 +264,7 @@ needs_interpreter = pytest.mark.skipif(
 def test_workers_check_and_time_in_the_interpreter(tmp_path):
     check, *_ = gpu_tasks.smoke_tasks()
     rows = gpu_tasks.rows(2, 1, 2, gpu_tasks.entry("reference", "fp32"), rounds=1)
-    run = gpu.Run(tmp_path, "cpu", math.inf, 1)
+    run = gpu_run.Run(tmp_path, "cpu", math.inf, 1)
     assert run.go([check, rows]) == 0, (tmp_path / "workers.log").read_text()
     report = json.loads((tmp_path / "cpu-interpreter.json").read_text())
     assert [(c["name"], c["ok"]) for c in report["checks"]] == [(check["name"], True)]

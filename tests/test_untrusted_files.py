@@ -21,7 +21,7 @@ from novolstm_triton.__main__ import main
 from novolstm_triton.train import CHECKPOINT, TrainConfig, load_checkpoint
 
 PACKAGE = pathlib.Path(bytemodel.__file__).parent
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "bench").glob("*.py")])
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "bench").rglob("*.py")])
 
 RUNS = {"eval", "exec", "compile", "__import__"}
 """Built-in functions that run text."""

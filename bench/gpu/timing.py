@@ -1,4 +1,4 @@
-"""The timings and memory measurements of gpu.py, on the device."""
+"""The timings and memory measurements, on the device."""
 
 import dataclasses
 import statistics
@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import roofline
 import torch
-from gpu_device import synchronize, unusable
-from gpu_library import layers
-from gpu_results import row_head
-from gpu_tasks import Task, entry_name
+
+from .device import synchronize, unusable
+from .library import layers
+from .results import row_head
+from .tasks import Task, entry_name
 
 CALLS_MS = 150.0
 """Time for each entry's calls of either kind."""

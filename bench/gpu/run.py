@@ -1,23 +1,4 @@
-"""Check the Triton backend on a GPU against the float64 reference, and time it against nn.LSTM, within minutes.
-
-    bash bench/gpu.sh OUT_DIR --seconds 500
-
-OUT_DIR/<gpu name>.json is written again after every result, so that an early stop loses nothing:
-
-    environment  device, versions and precision settings
-    checks       name, shape, error, bound, ok, and how; `error` is null where `message` says what went wrong
-    rows         layer, exchange, dtype, hidden, inputs, batch, steps; µs per step, tokens/s and share of the roofline,
-                 of forward and of forward_backward; peak_mib, first_call_s, and how; or `error`, a text.
-                 `python -m bench.report` makes tables and plots of them
-    micro        constants of the roofline, measured on this device (gpu_micro.py)
-    unfinished   tasks for which the time did not suffice
-
-A persistent kernel with a bug may spin for ever, or leave CUDA unusable. Therefore this process never touches the GPU:
-it hands tasks, one by one, to a worker process, kills a worker that falls silent and goes on with a new one. Meanwhile
-further workers compile ahead of time what later tasks need; timing starts when they are done.
-
-With --device cpu (the default under TRITON_INTERPRET=1) tiny sizes run in Triton's interpreter: a test of this script.
-"""
+"""The whole run: tasks in their order, their results in the report, and its command line."""
 
 import argparse
 import importlib.util
@@ -31,9 +12,10 @@ import tempfile
 import time
 from typing import Any
 
-from gpu_processes import STALL_S, Compilers, Lost, Worker
-from gpu_results import failed, line_of, slug, write_json
-from gpu_tasks import (
+from . import __doc__ as ABOUT
+from .processes import STALL_S, Compilers, Lost, Worker
+from .results import failed, line_of, slug, write_json
+from .tasks import (
     ROOFLINE_CONSTANTS,
     Task,
     all_tasks,
@@ -70,7 +52,7 @@ class Run:
 
     def start(self) -> Worker:
         """Start a worker."""
-        command = [sys.executable, str(pathlib.Path(__file__).resolve().with_name("gpu_worker.py")), self.device]
+        command = [sys.executable, str(pathlib.Path(__file__).resolve().parent), "--worker", self.device]
         return Worker(command, self.out_dir / "workers.log", self.environment)
 
     def do(self, task: Task, stall_s: float = STALL_S) -> Any:
@@ -119,7 +101,7 @@ class Run:
         except Lost as lost:
             environment = dict(failure=str(lost))
         if "failure" in environment:
-            print(f"gpu.py: {environment['failure']}", file=sys.stderr)
+            print(f"gpu.sh: {environment['failure']}", file=sys.stderr)
             return 2
         for key, value in environment.items():
             print(f"{key}: {value}", flush=True)
@@ -200,7 +182,7 @@ def has_flashrnn() -> bool:
 
 def main() -> int:
     """Run the script: 0 if every check passed, 1 if one failed, 2 for bad arguments or no device."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu.sh", description=ABOUT.splitlines()[0])
     parser.add_argument("out_dir", type=pathlib.Path, help="where the JSON file goes")
     parser.add_argument("--seconds", type=_seconds, default=500.0, help="time for everything (default: 500)")
     default = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -223,7 +205,3 @@ def main() -> int:
         run.drop()
         if cache:
             shutil.rmtree(cache, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

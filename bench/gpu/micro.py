@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gpu_device import nvidia_smi, synchronize
-from gpu_tasks import Task
+
+from .device import nvidia_smi, synchronize
+from .tasks import Task
 
 GROUPS = (2, 4, 8, 16, 32, 64, 128)
 

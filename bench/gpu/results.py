@@ -1,4 +1,4 @@
-"""What gpu.py reports: records of checks and rows, their lines of text, and the JSON file."""
+"""What a run reports: records of checks and rows, their lines of text, and the JSON file."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from gpu_tasks import Task, entry_name
+from .tasks import Task, entry_name
 
 
 def failed(task: Task, reason: str, at: str = "") -> list[dict]:

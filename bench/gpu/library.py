@@ -1,4 +1,4 @@
-"""The library of this checkout and of nowhere else, for gpu.py's workers.
+"""The library of this checkout and of nowhere else, for the workers.
 
 sys.path stays as it is: the folder `kernels` of the checkout must not hide the package of that name.
 """
@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_tasks import Task
 from triton.runtime.jit import JITFunction
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from .tasks import Task
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def _load(name: str, path: pathlib.Path) -> types.ModuleType:
@@ -36,8 +37,9 @@ novolstm_triton = _load("novolstm_triton", ROOT / "novolstm_triton")
 _load("novolstm_triton.kernels", ROOT / "kernels")
 launch = importlib.import_module("novolstm_triton.launch")
 problems = importlib.import_module("novolstm_triton.problems")
-# It imports the library.
+# These import the library.
 layers = importlib.import_module("layers")
+claims = importlib.import_module(".claims", __package__)
 pinned, DTYPES = layers.pinned, layers.DTYPES
 
 torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""What gpu.py runs: checks and timings as JSON-able tasks, their order, and what is left of them when one is lost."""
+"""What a run does: checks and timings as JSON-able tasks, their order, and what is left of them when one is lost."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ Task = dict[str, Any]
 
 
 ROOFLINE_CONSTANTS = ("barrier_us", "handoff_us", "l2_latency_us", "l2_bytes_per_us", "launch_us", "clocks_per_us")
-"""The results of gpu_micro.py that replace constants of roofline.py; its bound on shared memory is only a lower one."""
+"""The results of micro.py that replace constants of roofline.py; its bound on shared memory is only a lower one."""
 
 
 def check(test: str, steps: int, batch: int, hidden: int, dtype: str, *, core: bool = False, **options: Any) -> Task:

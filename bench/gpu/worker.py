@@ -1,4 +1,4 @@
-"""The process in which gpu.py's tasks run: `python gpu_worker.py DEVICE`; see gpu_processes.Worker."""
+"""The process in which the tasks run: `python bench/gpu --worker DEVICE`; see processes.Worker."""
 
 import gc
 import importlib
@@ -7,15 +7,15 @@ import os
 import sys
 import traceback
 
-from gpu_device import free, unusable
+from .device import free, unusable
 
 HANDLERS = {
-    "environment": ("gpu_device", "describe"),
-    "compile": ("gpu_library", "compile_ahead"),
-    "check": ("gpu_checks", "run_check"),
-    "rows": ("gpu_timing", "run_rows"),
-    "memory": ("gpu_timing", "run_memory"),
-    "micro": ("gpu_micro", "run_micro"),
+    "environment": ("device", "describe"),
+    "compile": ("library", "compile_ahead"),
+    "check": ("checks", "run_check"),
+    "rows": ("timing", "run_rows"),
+    "memory": ("timing", "run_memory"),
+    "micro": ("micro", "run_micro"),
 }
 """For each kind of task the module, imported when first needed, and the function."""
 
@@ -34,7 +34,7 @@ def serve(device: str) -> None:
         task = json.loads(line)
         try:
             module, function = HANDLERS[task["kind"]]
-            handler = getattr(importlib.import_module(module), function)
+            handler = getattr(importlib.import_module(f".{module}", __package__), function)
             result = handler(task, device, lambda at: send({"at": at}))
         except Exception as error:
             traceback.print_exc()
@@ -45,7 +45,3 @@ def serve(device: str) -> None:
         send({"result": result})
         gc.collect()
         free(device)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The checks of gpu.py, on the device."""
+"""The checks, on the device."""
 
 import dataclasses
 import gc
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import gpu_claims
 import torch
-from gpu_device import synchronize
-from gpu_library import DTYPES, novolstm_triton, pinned, plans_of, problems
-from gpu_results import shape_of
-from gpu_tasks import Task
+
+from .device import synchronize
+from .library import DTYPES, claims, novolstm_triton, pinned, plans_of, problems
+from .results import shape_of
+from .tasks import Task
 
 
 def run_check(task: Task, device: str, announce: Callable[[str], None]) -> dict:
@@ -88,23 +88,23 @@ def check_growth(problem: Any, dtype: Any, announce: Callable[[str], None]) -> d
 def check_graph(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
     """Count the arrays of forward and backward that a CUDA graph's replays make different from an ordinary call's."""
     announce("capture")
-    different = gpu_claims.graph_differences(problem, dtype)
+    different = claims.graph_differences(problem, dtype)
     return dict(error=float(different), bound=0.0, detail="arrays differ after capture and 3 replays")
 
 
 def check_nosync(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
     """Run forward and backward under torch.cuda.set_sync_debug_mode("error"): a wait for the device raises."""
     announce("call")
-    gpu_claims.run_without_waiting(problem, dtype)
+    claims.run_without_waiting(problem, dtype)
     return dict(error=0.0, bound=0.0, detail="waits for the device")
 
 
 def check_memory(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:
     """Compare the peak memory of forward and backward with that of nn.LSTM."""
     announce("novolstm and nn.LSTM")
-    ours, theirs = gpu_claims.peaks(problem.steps, problem.batch, problem.inputs_size, problem.hidden, dtype)
+    ours, theirs = claims.peaks(problem.steps, problem.batch, problem.inputs_size, problem.hidden, dtype)
     detail = f"of nn.LSTM's peak: {ours} of {theirs} bytes"
-    return dict(error=ours / theirs, bound=gpu_claims.MEMORY_RATIO, detail=detail, bytes=[ours, theirs])
+    return dict(error=ours / theirs, bound=claims.MEMORY_RATIO, detail=detail, bytes=[ours, theirs])
 
 
 def check_long(problem: Any, dtype: Any, announce: Callable[[str], None]) -> dict:

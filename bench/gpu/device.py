@@ -1,4 +1,4 @@
-"""The device of gpu.py's workers: what it is, and whether it still works.
+"""The workers' device: what it is, and whether it still works.
 
 Imports torch where it is needed, so that a worker lives to report what keeps it from being imported.
 """
@@ -8,7 +8,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 
-from gpu_tasks import Task
+from .tasks import Task
 
 
 def synchronize(device: str) -> None:
@@ -43,7 +43,8 @@ def describe(task: Task, device: str, announce: Callable[[str], None]) -> dict:
     if device == "cuda" and not torch.cuda.is_available():
         return dict(failure="no CUDA device; --device cpu runs a smoke test of this script in Triton's interpreter")
     import triton
-    from gpu_library import launch
+
+    from .library import launch
 
     settings = dict(
         float32_matmul_precision=torch.get_float32_matmul_precision(),

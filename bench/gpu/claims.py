@@ -1,6 +1,6 @@
-"""What the layer claims on a GPU besides being right and fast, for gpu_checks.py and tests/test_gpu.py.
+"""What the layer claims on a GPU besides being right and fast, for checks.py and tests/test_gpu.py.
 
-It finds novolstm_triton as an installed package, or as what gpu_library.py has loaded.
+It finds novolstm_triton as an installed package, or as what library.py has loaded.
 """
 
 from typing import Any

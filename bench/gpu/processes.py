@@ -1,4 +1,4 @@
-"""Processes that work for gpu.py: one can be killed at any time, and several compile side by side."""
+"""Processes that work for a run: one can be killed at any time, and several compile side by side."""
 
 import collections
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gpu_tasks import Task
+from .tasks import Task
 
 STALL_S = 60.0
 """How long a worker may say nothing: longer than any compilation takes."""
