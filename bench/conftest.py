@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from novolstm_triton.environment import versions
+from novolstm_triton.app.environment import versions
 
 
 @pytest.hookimpl(optionalhook=True)

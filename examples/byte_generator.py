@@ -22,9 +22,9 @@ import typer
 from torch import Tensor, nn
 
 from novolstm_triton import LSTM
-from novolstm_triton.bytemodel import ByteModel, load_model, printable
-from novolstm_triton.text import UsageError
-from novolstm_triton.train import MODEL, train
+from novolstm_triton.app.bytemodel import ByteModel, load_model, printable
+from novolstm_triton.app.text import UsageError
+from novolstm_triton.app.train import MODEL, train
 
 
 class Stream:

@@ -6,13 +6,15 @@ cuts the history of a state; `convert_model` puts this package's layers into a m
 back; `use_backend` chooses a backend for a block of code; `plan` decides how the Triton kernels are launched.
 """
 
-from novolstm_triton import functional, plan
+from novolstm_triton import functional, moved, plan
 from novolstm_triton.convert import convert_model
 from novolstm_triton.functional import use_backend
 from novolstm_triton.module import LSTM, NovoLSTM, detach_state
 from novolstm_triton.sample_gradients import per_sample
 from novolstm_triton.single_step import LSTMCell, NovoLSTMCell
 from novolstm_triton.torch_lstm import TorchLSTM
+
+moved.install()
 
 __version__ = "0.1.0"
 __all__ = [

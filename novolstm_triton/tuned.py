@@ -1,4 +1,4 @@
-"""Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `tune.py` writes them.
+"""Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `app/tune.py` writes them.
 
 A file says on which device and with which versions it was measured, and holds an entry for each hidden size, batch,
 dtype, cell and direction: the plan's choices, and the time of a step under them. The format is described in

@@ -19,7 +19,6 @@ from novolstm_triton import (
     NovoLSTM,
     NovoLSTMCell,
     bptt,
-    bytemodel,
     convert_model,
     detach_state,
     launch,
@@ -28,6 +27,7 @@ from novolstm_triton import (
     tuned,
     use_backend,
 )
+from novolstm_triton.app import bytemodel
 from novolstm_triton.functional import lstm, novolstm
 from novolstm_triton.testing import cooperative
 

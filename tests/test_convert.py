@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 import novolstm_triton
 from novolstm_triton import LSTM, LSTMCell, NovoLSTM, TorchLSTM, convert_model
-from novolstm_triton.bytemodel import ByteModel
+from novolstm_triton.app.bytemodel import ByteModel
 
 from .support.hugging_face import transformers
 from .support.twins import NO_ONEDNN

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
-from novolstm_triton import bptt, environment, functional, plan, tuned
-from novolstm_triton.__main__ import main
+from novolstm_triton import bptt, functional, plan, tuned
+from novolstm_triton.app import environment
+from novolstm_triton.app.cli import main
 from novolstm_triton.cells import CELLS
 from novolstm_triton.problems import RESULTS
 from novolstm_triton.testing import cooperative
@@ -93,7 +94,7 @@ def test_wrong_result_is_noticed(wrong, doctor, monkeypatch):
 
 
 def test_self_check_ends_in_time(doctor, monkeypatch):
-    monkeypatch.setattr("novolstm_triton.doctor.CHECK_S", -1.0)
+    monkeypatch.setattr("novolstm_triton.app.doctor.CHECK_S", -1.0)
     code, text = doctor(*SMALL)
     assert code == 0
     assert "1 of 3" in text
@@ -104,7 +105,7 @@ def test_self_check_ends_in_time(doctor, monkeypatch):
 )
 def test_kernels_are_checked_in_the_interpreter(checks, doctor, monkeypatch):
     monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
-    monkeypatch.setattr("novolstm_triton.doctor.CHECK_S", -1.0 if checks == 1 else 600.0)
+    monkeypatch.setattr("novolstm_triton.app.doctor.CHECK_S", -1.0 if checks == 1 else 600.0)
     # It makes the interpreter faster, too.
     with cooperative():
         code, text = doctor(*SMALL)

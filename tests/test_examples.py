@@ -13,7 +13,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from novolstm_triton.bytemodel import ByteModel, load_model
+from novolstm_triton.app.bytemodel import ByteModel, load_model
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from novolstm_triton import plan
-from novolstm_triton.isolated import CallError, Isolated
+from novolstm_triton.app.isolated import CallError, Isolated
 
 from .support.problems import Problem
 

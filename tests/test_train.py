@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from novolstm_triton.__main__ import main
-from novolstm_triton.bytemodel import load_model, printable
-from novolstm_triton.text import ByteStream, UsageError, read_text, split_text
-from novolstm_triton.train import TrainConfig, learning_rate
+from novolstm_triton.app.bytemodel import load_model, printable
+from novolstm_triton.app.cli import main
+from novolstm_triton.app.text import ByteStream, UsageError, read_text, split_text
+from novolstm_triton.app.train import TrainConfig, learning_rate
 
 COMMAND = [sys.executable, "-m", "novolstm_triton", "train"]
 SMALL = ["--backend", "reference", "--hidden", "12", "--batch", "4", "--seq", "8", "--device", "cpu", "--dtype", "fp32"]
@@ -195,7 +195,7 @@ def interrupt_after(monkeypatch, step):
             os.kill(os.getpid(), signal.SIGINT)
         return learning_rate(at, config)
 
-    monkeypatch.setattr("novolstm_triton.train.learning_rate", rate)
+    monkeypatch.setattr("novolstm_triton.app.train.learning_rate", rate)
 
 
 @pytest.mark.parametrize("step", [1, 11, 16], ids=["first", "between-rows", "at-a-row"])
@@ -357,7 +357,7 @@ def test_loss_beyond_all_bounds_ends_in_one_line_and_code_1(text, tmp_path, caps
 
 
 def test_vanished_folder_ends_in_one_line_and_code_1(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("novolstm_triton.train.learning_rate", lambda *_: shutil.rmtree(tmp_path / "run") or 0.01)
+    monkeypatch.setattr("novolstm_triton.app.train.learning_rate", lambda *_: shutil.rmtree(tmp_path / "run") or 0.01)
     assert train(tmp_path / "run", "--steps", 5, text=text) == 1
     err = capsys.readouterr().err
     assert err.startswith("novolstm: cannot write")

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from novolstm_triton import bytemodel
-from novolstm_triton.__main__ import main
-from novolstm_triton.train import CHECKPOINT, TrainConfig, load_checkpoint
+import novolstm_triton
+from novolstm_triton.app import bytemodel
+from novolstm_triton.app.cli import main
+from novolstm_triton.app.train import CHECKPOINT, TrainConfig, load_checkpoint
 
-PACKAGE = pathlib.Path(bytemodel.__file__).parent
+PACKAGE = pathlib.Path(novolstm_triton.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "bench").rglob("*.py")])
 
 RUNS = {"eval", "exec", "compile", "__import__"}

@@ -91,7 +91,7 @@ def peaks(steps: int, batch: int, inputs: int, hidden: int, dtype: torch.dtype) 
 
 
 def measure(claim: str, problem: dict[str, Any], dtype: str, pins: dict[str, Any]) -> float:
-    """Return a claim's figure. Arguments are of JSON's types, for `novolstm_triton.isolated`.
+    """Return a claim's figure. Arguments are of JSON's types, for `novolstm_triton.app.isolated`.
 
     Args:
         claim: "exact": the largest error in units of its bound; "graph": arrays that differ; "nosync": nothing, or it

@@ -1,7 +1,7 @@
 """The training job: a byte-level language model around a recurrent layer, from configuration to files.
 
 Reads top-down: configuration, processes, learner, files, job. The model is in `bytemodel.py`, the text in `text.py`,
-the command line in `__main__.py`.
+the command line in `cli.py`.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from novolstm_triton.bytemodel import CELLS, ByteModel, printable, sample, save_model
+from novolstm_triton.app.bytemodel import CELLS, ByteModel, printable, sample, save_model
+from novolstm_triton.app.text import ByteStream, UsageError, read_text, split_text
 from novolstm_triton.cells import VARIANTS
 from novolstm_triton.files import check_inflated
 from novolstm_triton.functional import BACKENDS, resolve_backend
-from novolstm_triton.text import ByteStream, UsageError, read_text, split_text
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,7 +1,7 @@
 """Function calls in a process of their own: one that hangs or crashes fails alone, and the caller goes on.
 
-The process is `python -m novolstm_triton.isolated MODULE`. It takes calls of that module's functions as lines of JSON,
-{"function": …, "arguments": {…}}, and answers each with {"result": …} or {"failure": …}.
+The process is `python -m novolstm_triton.app.isolated MODULE`. It takes calls of that module's functions as lines of
+JSON, {"function": …, "arguments": {…}}, and answers each with {"result": …} or {"failure": …}.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Isolated:
     """
 
     def __init__(self, module: str, command: Sequence[str] | None = None) -> None:
-        self._command = command or [sys.executable, "-m", "novolstm_triton.isolated", module]
+        self._command = command or [sys.executable, "-m", "novolstm_triton.app.isolated", module]
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()

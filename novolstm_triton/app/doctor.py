@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from novolstm_triton import environment, measure, plan, problems, tuned
+from novolstm_triton import plan, problems, tuned
+from novolstm_triton.app import environment, measure
+from novolstm_triton.app.isolated import CallError, Isolated
+from novolstm_triton.app.text import UsageError
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import check_triton, explain_backend, state_dtype
-from novolstm_triton.isolated import CallError, Isolated
 from novolstm_triton.plan import Device, KernelPlan
 from novolstm_triton.problems import Problem, excess
-from novolstm_triton.text import UsageError
 
 DTYPES = {**tuned.DTYPES, "fp64": torch.float64}
 """Dtypes by the names that the command takes."""
@@ -266,7 +267,7 @@ class _Report:
         self._part(f"Self-check: {backend} on {self._where} in {self._shape.dtype} against the float64 reference")
         worst: dict[str, tuple[float, float]] = {}
         began, done = time.monotonic(), 0
-        with Isolated("novolstm_triton.measure") as process:
+        with Isolated("novolstm_triton.app.measure") as process:
             for problem in cases:
                 if done and time.monotonic() - began > CHECK_S:
                     break

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from novolstm_triton import environment, plan, tuned
-from novolstm_triton.isolated import CallError, Isolated
+from novolstm_triton import plan, tuned
+from novolstm_triton.app import environment
+from novolstm_triton.app.isolated import CallError, Isolated
+from novolstm_triton.app.text import UsageError
 from novolstm_triton.plan import Device, Pins
 from novolstm_triton.problems import excess
-from novolstm_triton.text import UsageError
 from novolstm_triton.tuned import DTYPES, Entry, Key
 
 _LADDERS: dict[str, tuple] = dict(
@@ -78,7 +79,7 @@ def tune(
         CallError: the device cannot be described.
     """
     if calls is None:
-        with Isolated("novolstm_triton.measure") as process:
+        with Isolated("novolstm_triton.app.measure") as process:
             return tune(
                 wanted,
                 out,

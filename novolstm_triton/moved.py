@@ -1,0 +1,40 @@
+"""Old names of this package's modules: a script or a pickle that imports one gets the module that has its place now."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "bytemodel": "app.bytemodel",
+    "doctor": "app.doctor",
+    "environment": "app.environment",
+    "isolated": "app.isolated",
+    "measure": "app.measure",
+    "text": "app.text",
+    "train": "app.train",
+    "tune": "app.tune",
+}
+"""New names by old ones, both within this package."""
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds modules under their old names, after all other finders."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __package__ and name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        package, _, name = module.__name__.partition(".")
+        # The import system returns what stands here afterwards.
+        sys.modules[module.__name__] = importlib.import_module(f"{package}.{MOVED[name]}")
+
+
+def install() -> None:
+    """Let imports find the old names."""
+    sys.meta_path.append(_Finder())
