@@ -32,6 +32,7 @@ from novolstm_triton.recurrent import (
     scalar_type,
 )
 from novolstm_triton.regularisers import draw_dropout_mask, draw_zoneout_mask
+from novolstm_triton.weights.torch import lstm_from_torch, lstm_to_torch, novolstm_from_lstm
 
 if TYPE_CHECKING:
     import numpy as np
@@ -484,8 +485,6 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
             TypeError: `lstm` is not an LSTM, or an option is unknown.
             ValueError: its parameters are not those of an LSTM (it is pruned, for example), or an option's value.
         """
-        from novolstm_triton.convert import novolstm_from_lstm
-
         return novolstm_from_lstm(cls, lstm, options)
 
     @classmethod
@@ -519,7 +518,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
             FileNotFoundError: there is no such file.
             ImportError: a file is given and h5py is missing.
         """
-        from novolstm_triton.keras_weights import novolstm_from_keras
+        from novolstm_triton.weights.keras import novolstm_from_keras
 
         return novolstm_from_keras(cls, weights, variant, layer, options)
 
@@ -533,7 +532,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
             ValueError: there is no such Keras layer: of several layers, with a projection, zoneout or
                 layer_norm="all".
         """
-        from novolstm_triton.keras_weights import novolstm_to_keras
+        from novolstm_triton.weights.keras import novolstm_to_keras
 
         return novolstm_to_keras(self)
 
@@ -606,8 +605,6 @@ class LSTM(LSTMFunction, RecurrentLayer):
             ValueError: it is of a subclass with code of its own, or its parameters are not those of an LSTM (it is
                 pruned, for example), or an option's value.
         """
-        from novolstm_triton.convert import lstm_from_torch
-
         return lstm_from_torch(cls, lstm, options)
 
     def to_torch(self) -> nn.LSTM:
@@ -617,8 +614,6 @@ class LSTM(LSTMFunction, RecurrentLayer):
             ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM lacks, or its parameters are not
                 those of an LSTM (it is pruned, for example).
         """
-        from novolstm_triton.convert import lstm_to_torch
-
         return lstm_to_torch(self)
 
     @classmethod
@@ -648,7 +643,7 @@ class LSTM(LSTMFunction, RecurrentLayer):
             FileNotFoundError: there is no such file.
             ImportError: a file is given and h5py is missing.
         """
-        from novolstm_triton.keras_weights import lstm_from_keras
+        from novolstm_triton.weights.keras import lstm_from_keras
 
         return lstm_from_keras(cls, weights, layer, options)
 
@@ -661,7 +656,7 @@ class LSTM(LSTMFunction, RecurrentLayer):
         Raises:
             ValueError: there is no such Keras layer: of several layers, with a projection or zoneout.
         """
-        from novolstm_triton.keras_weights import lstm_to_keras
+        from novolstm_triton.weights.keras import lstm_to_keras
 
         return lstm_to_keras(self)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from novolstm_triton import LSTM, convert_model
-from novolstm_triton.references import References
+from novolstm_triton.convert.references import References
 
 from .support.layers import H, I, sequence
 

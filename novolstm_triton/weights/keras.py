@@ -3,17 +3,19 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.convert import check_fixed
-from novolstm_triton.keras_files import read_layer
-from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
 from novolstm_triton.recurrent import layer_weights, with_one_bias
+from novolstm_triton.weights import check_fixed
+from novolstm_triton.weights.keras_files import read_layer
+
+if TYPE_CHECKING:
+    from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
 
 KERAS_EPS = 1e-3
 """Default ε of Keras's LayerNormalization."""
@@ -47,12 +49,12 @@ _LSTM = ("kernel", "recurrent_kernel", "bias")
 
 _FIXED = ("input_size", "hidden_size", "num_layers", "bias", "dropout", "bidirectional", "proj_size", "layer_norm")
 
-L = TypeVar("L", bound=RecurrentLayer)
+L = TypeVar("L", bound="RecurrentLayer")
 
 
 def novolstm_from_keras(
-    cls: type[NovoLSTM], weights: Any, variant: str, layer: str | None, options: Mapping[str, Any]
-) -> NovoLSTM:
+    cls: "type[NovoLSTM]", weights: Any, variant: str, layer: str | None, options: Mapping[str, Any]
+) -> "NovoLSTM":
     """Implement `NovoLSTM.from_keras`."""
     cell = CELLS[novolstm_cell(variant, "input_gate")]
     names = _NOVOLSTM[variant]
@@ -72,7 +74,7 @@ def novolstm_from_keras(
     return _built(cls, parameters, {"variant": variant, "ln_eps": KERAS_EPS} | dict(options))
 
 
-def lstm_from_keras(cls: type[LSTM], weights: Any, layer: str | None, options: Mapping[str, Any]) -> LSTM:
+def lstm_from_keras(cls: "type[LSTM]", weights: Any, layer: str | None, options: Mapping[str, Any]) -> "LSTM":
     """Implement `LSTM.from_keras`."""
 
     def split(given: Any) -> list[Arrays]:
@@ -85,7 +87,7 @@ def lstm_from_keras(cls: type[LSTM], weights: Any, layer: str | None, options: M
     return _built(cls, parameters, options)
 
 
-def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
+def novolstm_to_keras(layer: "NovoLSTM") -> list[np.ndarray]:
     """Implement `NovoLSTM.to_keras`."""
     _check_counterpart(layer)
     if layer.layer_norm != "input_gate":
@@ -112,7 +114,7 @@ def novolstm_to_keras(layer: NovoLSTM) -> list[np.ndarray]:
     return result
 
 
-def lstm_to_keras(layer: LSTM) -> list[np.ndarray]:
+def lstm_to_keras(layer: "LSTM") -> list[np.ndarray]:
     """Implement `LSTM.to_keras`."""
     _check_counterpart(layer)
     result = []
@@ -217,14 +219,14 @@ def _built(cls: type[L], directions: Sequence[Arrays], options: Mapping[str, Any
     return layer
 
 
-def _check_counterpart(layer: RecurrentLayer) -> None:
+def _check_counterpart(layer: "RecurrentLayer") -> None:
     """Raise ValueError where no Keras layer computes the same."""
     for name, expected in (("num_layers", 1), ("proj_size", 0), ("zoneout_h", 0), ("zoneout_c", 0)):
         if (value := getattr(layer, name)) != expected:
             raise ValueError(f"{name}: expected {expected} for a Keras layer, got {value}")
 
 
-def _own_weights(layer: RecurrentLayer) -> list[dict[str, Any]]:
+def _own_weights(layer: "RecurrentLayer") -> list[dict[str, Any]]:
     suffixes = ("_l0", "_l0_reverse") if layer.bidirectional else ("_l0",)
     with torch.no_grad():
         return [with_one_bias(layer_weights(layer, suffix)) for suffix in suffixes]

@@ -1,21 +1,35 @@
-"""Conversions between `torch.nn.LSTM` and this library's layers: one layer, or every LSTM of a model."""
+"""Conversions of whole models: every LSTM becomes a layer of another library."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from novolstm_triton import pytorch
-from novolstm_triton.model_copy import copied
+from novolstm_triton.convert.copies import copied
+from novolstm_triton.convert.references import References
 from novolstm_triton.module import LSTM, NovoLSTM
 from novolstm_triton.recurrent import Recurrent
-from novolstm_triton.references import References
 from novolstm_triton.single_step import SingleCell
 from novolstm_triton.torch_lstm import TorchLSTM
+from novolstm_triton.weights import check_fixed
+from novolstm_triton.weights.torch import (
+    FIXED,
+    HARMLESS,
+    REGULARISERS,
+    deviation,
+    empty_like,
+    finished,
+    given_attributes,
+    novolstm_from_lstm,
+    our_options,
+    own_code,
+    own_parameters,
+    plain_weights,
+)
 
 TARGETS = ("lstm", "novolstm", "torch")
 """What `convert_model` can make of an LSTM."""
@@ -23,55 +37,8 @@ TARGETS = ("lstm", "novolstm", "torch")
 _NOTES = {"novolstm": "warm start: i, f, g, o copied, p and norms new"}
 _SAME = "same function"
 
-_SIZES = ("num_layers", "bias", "batch_first", "bidirectional", "proj_size")
-_FIXED = ("input_size", "hidden_size", *_SIZES, "dropout", "device", "dtype")
-_REGULARISERS = ("recurrent_dropout", "zoneout_h", "zoneout_c")
-
-_HARMLESS = {"reset_parameters", "extra_repr", "flatten_parameters"}
-"""What a subclass, or an instance, may define and still compute what its class computes, beside names like __init__."""
-_CALLS = {"__call__", "__getattr__", "__getattribute__"}
-"""Names like __init__ that it may not define."""
-
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _HOOKS += ("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-
-L = TypeVar("L", pytorch.LSTM, LSTM, NovoLSTM)
-
-
-def lstm_from_torch(cls: type[LSTM], source: nn.LSTM, options: Mapping[str, Any]) -> LSTM:
-    """Implement `LSTM.from_torch`."""
-    _check_source(source, (pytorch.LSTM,), "nn.LSTM")
-    check_fixed(options, _FIXED, "the nn.LSTM")
-    weights = _weights(source)
-    if own := _own_code(source):
-        raise ValueError(f"lstm: expected an nn.LSTM, got {type(source).__name__}, which has {own} of its own")
-    return _finished(_empty(cls, source, _our_options(source) | dict(options)), source, _copies(weights))
-
-
-def lstm_to_torch(source: LSTM) -> nn.LSTM:
-    """Implement `LSTM.to_torch`."""
-    for name in _REGULARISERS:
-        if value := getattr(source, name):
-            raise ValueError(f"{name}: expected 0, because nn.LSTM has none, got {value}")
-    return _finished(_empty(pytorch.LSTM, source, {}), source, _copies(_weights(source)))
-
-
-def novolstm_from_lstm(cls: type[NovoLSTM], source: nn.LSTM | LSTM, options: Mapping[str, Any]) -> NovoLSTM:
-    """Implement `NovoLSTM.from_lstm`."""
-    _check_source(source, (pytorch.LSTM, LSTM), "nn.LSTM or LSTM")
-    check_fixed(options, _FIXED, "the LSTM")
-    weights = _weights(source)
-    options = _our_options(source) | dict(options)
-    like = weights["weight_ih_l0"]
-    sizes = {name: getattr(source, name) for name in _SIZES}
-    target = cls(source.input_size, source.hidden_size, **sizes, device=like.device, dtype=like.dtype, **options)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameter = target.get_parameter(name)
-            # Blocks i|f|g|o come first in both; that of p, if any, stays as it was drawn.
-            parameter[: weight.shape[0]].copy_(weight)
-            _mark_like(parameter, weight)
-    return _finished(target, source, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +148,7 @@ def convert_model(
     if subclass and to != "lstm":
         raise ValueError(f"subclass: expected False with to={to!r}, got True")
     cls = TorchLSTM if subclass else {"lstm": LSTM, "novolstm": NovoLSTM, "torch": pytorch.LSTM}[to]
-    check_fixed(options, _FIXED, "each layer")
+    check_fixed(options, FIXED, "each layer")
     # Wrong options are an error in a model without LSTMs, too.
     cls(1, 2, device="meta", **options)
     shared: Collection[int] = ()
@@ -212,19 +179,6 @@ def convert_model(
     if verbose:
         print(report)
     return model, report
-
-
-def check_fixed(options: Mapping[str, Any], fixed: Iterable[str], origin: str) -> None:
-    """Raise TypeError if an option is one that a conversion takes from what it converts.
-
-    Args:
-        options: what was given.
-        fixed: names that may not be.
-        origin: where their values come from, for the message.
-    """
-    for name in fixed:
-        if name in options:
-            raise TypeError(f"{name}: expected no such option, because it is taken from {origin}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +226,9 @@ def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], refer
         return "a cell, which takes single steps"
     if not isinstance(module, (pytorch.LSTM, LSTM)):
         return "no LSTM"
-    if (difference := _difference(module)) is not None:
+    if (difference := deviation(module)) is not None:
         return difference
-    if own := _own_code(module):
+    if own := own_code(module):
         return f"a subclass with {own} of its own"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "has hooks, which would be lost"
@@ -284,14 +238,14 @@ def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], refer
         return "is inside DistributedDataParallel: convert before wrapping"
     if cls is NovoLSTM:
         return _reason_of_parameters(module, users, references)
-    if cls is pytorch.LSTM and (regulariser := next(filter(vars(module).get, _REGULARISERS), None)):
+    if cls is pytorch.LSTM and (regulariser := next(filter(vars(module).get, REGULARISERS), None)):
         return f"has {regulariser}, which nn.LSTM lacks"
     return None
 
 
 def _reason_of_parameters(module: nn.Module, users: Mapping[int, int], references: References) -> str | None:
     """Return why a layer's parameters cannot be left for new ones, or None."""
-    for name, parameter in _own_parameters(module).items():
+    for name, parameter in own_parameters(module).items():
         if users[id(parameter)] > 1:
             return "has a parameter under two names"
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -304,8 +258,8 @@ def _reason_of_parameters(module: nn.Module, users: Mapping[int, int], reference
 
 def _obstacle(references: References, old: nn.Module, new: nn.Module) -> str | None:
     """Return what stands in the way of putting a new layer wherever the old one is, or None."""
-    for name in _given_attributes(old):
-        if name not in _HARMLESS and hasattr(new, name):
+    for name in given_attributes(old):
+        if name not in HARMLESS and hasattr(new, name):
             return f"has an attribute {name}, which means something else to {type(new).__name__}"
     if (path := references.obstacle(old, new)) is not None:
         return f"is also at {path}, which cannot be changed"
@@ -331,7 +285,7 @@ def _replaced(
     while new:
         undo = references.replace(new)
         for key, layer in new.items():
-            vars(layer).update(_given_attributes(references.reached[key]))
+            vars(layer).update(given_attributes(references.reached[key]))
         root = new.get(id(model), model)
         after = walk(root)
         remaining = {key: after.path(after.reached[key]) for key in new if key in after.reached}
@@ -365,107 +319,17 @@ def _outsiders(references: References, modules: Collection[int]) -> Iterator[Ent
             yield Entry(references.path(layer), _described(layer), None, "not among the model's modules")
 
 
-def _base(module: nn.Module) -> type[Any]:
-    """Return the class of an LSTM that is not a user's own."""
-    return next(cls for cls in (TorchLSTM, LSTM, pytorch.LSTM) if isinstance(module, cls))
-
-
-def _given_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of an LSTM that a program gave it."""
-    usual = vars(_empty(_base(module), module, {}))
-    return {name: value for name, value in vars(module).items() if name not in usual}
-
-
-def _difference(module: nn.Module) -> str | None:
-    """Return what an LSTM has beside an LSTM's parameters, or lacks, or None."""
-    expected = _empty(LSTM, module, {})
-    theirs, ours = _own_parameters(module), _own_parameters(expected)
-    if missing := ours.keys() - theirs.keys():
-        return f"{min(missing)} is parametrized, normalised or pruned, which would be lost"
-    added = [*(theirs.keys() - ours.keys()), *(name for name, _ in (*module.named_buffers(), *module.named_children()))]
-    if added:
-        return f"has {min(added)} beside an LSTM's parameters"
-    for name, parameter in theirs.items():
-        if parameter.shape != ours[name].shape or type(parameter.data) is not Tensor:
-            return f"{name} is a {type(parameter.data).__name__} {list(parameter.shape)}"
-    return None
-
-
-def _own_code(module: nn.Module) -> str:
-    """Return names of what a subclass, or the instance, defines and its class of a library has; "" for none."""
-    base = _base(module)
-    own = {name for name in _given_attributes(module) if name not in _HARMLESS and hasattr(base, name)}
-    for cls in type(module).__mro__:
-        if cls is base:
-            break
-        own |= {name for name in vars(cls) if name in _CALLS or not (name.startswith("__") or name in _HARMLESS)}
-    return ", ".join(sorted(own))
-
-
 def _parameter_users(model: nn.Module) -> Counter[int]:
     """Return under how many names the model's modules hold each parameter, by its id."""
-    return Counter(id(p) for module in model.modules() for p in _own_parameters(module).values())
-
-
-def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    return Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
 
 
 def _replacement(old: nn.LSTM | LSTM, cls: type[Any], options: Mapping[str, Any]) -> Any:
     if cls is NovoLSTM:
         return novolstm_from_lstm(NovoLSTM, old, options)
-    own = {} if cls is pytorch.LSTM else _our_options(old)
+    own = {} if cls is pytorch.LSTM else our_options(old)
     # The model's own Parameters move over: whatever shares or optimises them continues to.
-    return _finished(_empty(cls, old, own | dict(options)), old, _weights(old))
-
-
-def _check_source(source: Any, kinds: tuple[type, ...], expected: str) -> None:
-    if not isinstance(source, kinds):
-        raise TypeError(f"lstm: expected an {expected}, got {type(source).__name__}")
-
-
-def _weights(source: nn.Module) -> dict[str, nn.Parameter]:
-    """Return an LSTM's parameters by their names.
-
-    Raises:
-        ValueError: its parameters are not those of an LSTM.
-    """
-    if (difference := _difference(source)) is not None:
-        raise ValueError(f"lstm: expected the parameters of a plain LSTM, got one where {difference}")
-    return _own_parameters(source)
-
-
-def _copies(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    return {name: _mark_like(nn.Parameter(w.detach().clone()), w) for name, w in weights.items()}
-
-
-def _mark_like(parameter: nn.Parameter, source: nn.Parameter) -> nn.Parameter:
-    """Give a parameter another one's requires_grad and whatever attributes programs gave it; return it."""
-    vars(parameter).update(vars(source))
-    parameter.requires_grad_(source.requires_grad)
-    return parameter
-
-
-def _empty(cls: type[L], source: Any, options: Mapping[str, Any]) -> L:
-    """Return an LSTM of the source's sizes whose parameters have no memory yet."""
-    sizes = {name: getattr(source, name) for name in _SIZES}
-    return cls(source.input_size, source.hidden_size, **sizes, device="meta", **options)
-
-
-def _finished(target: L, source: Any, parameters: Mapping[str, nn.Parameter]) -> L:
-    """Give a new layer its parameters, and what the source was told beside its sizes; return it."""
-    for name, parameter in parameters.items():
-        setattr(target, name, parameter)
-    # Not by the constructor, which would repeat nn.LSTM's warning about dropout after a single layer.
-    target.dropout = source.dropout
-    # On a GPU cuDNN wants the weights of an nn.LSTM in one piece of memory.
-    target.flatten_parameters()
-    return target.train(source.training)
-
-
-def _our_options(source: nn.LSTM | LSTM) -> dict[str, Any]:
-    """Return the options that an LSTM of this library has beside nn.LSTM's."""
-    return {name: getattr(source, name) for name in (*_REGULARISERS, "backend")} if isinstance(source, LSTM) else {}
+    return finished(empty_like(cls, old, own | dict(options)), old, plain_weights(old))
 
 
 def _described(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from novolstm_triton.references import References
+from novolstm_triton.convert.references import References
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -1,0 +1,9 @@
+"""Conversions of whole models, on top of the layers: every `nn.LSTM` becomes one of this library's layers, or back.
+
+`models` finds, judges and replaces the layers; `references` finds every place that holds one; `copies` copies models,
+those that `copy.deepcopy` refuses, too. The weights of a single layer are the subject of `novolstm_triton.weights`.
+"""
+
+from novolstm_triton.convert.models import TARGETS, Entry, Report, convert_model
+
+__all__ = ["TARGETS", "Entry", "Report", "convert_model"]
