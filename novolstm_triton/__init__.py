@@ -6,7 +6,8 @@ cuts the history of a state; `convert_model` puts this package's layers into a m
 back; `use_backend` chooses a backend for a block of code; `plan` decides how the Triton kernels are launched.
 """
 
-from novolstm_triton import functional, moved, plan
+from novolstm_triton import functional, moved
+from novolstm_triton import plans as plan
 from novolstm_triton.convert import convert_model
 from novolstm_triton.functional import use_backend
 from novolstm_triton.module import LSTM, NovoLSTM, detach_state

@@ -19,7 +19,7 @@ from torch import Tensor
 from novolstm_triton import flops, onnx_export, reference
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, check_finite, is_number, is_share
-from novolstm_triton.plan import Pins, chunk_steps, constant_in_graphs, in_force, pinned
+from novolstm_triton.plans import Pins, chunk_steps, constant_in_graphs, in_force, pinned
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 """What `backend=` accepts: see `novolstm`."""

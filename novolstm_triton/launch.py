@@ -10,8 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from novolstm_triton import plan as planning
-from novolstm_triton import tuned
+from novolstm_triton import plans as planning
 from novolstm_triton.cells import CELLS
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.cell import CellKernels
@@ -19,7 +18,7 @@ from novolstm_triton.kernels.forward import forward_kernel
 from novolstm_triton.kernels.gate_norms import normalise_gates
 from novolstm_triton.kernels.lstm import LSTM
 from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK
-from novolstm_triton.plan import KernelPlan, LaunchPlan
+from novolstm_triton.plans import KernelPlan, LaunchPlan, tuned
 from novolstm_triton.streams import one_ahead
 
 KERNELS = {

@@ -16,10 +16,12 @@ MOVED = {
     "keras_weights": "weights.keras",
     "measure": "app.measure",
     "model_copy": "convert.copies",
+    "plan": "plans",
     "references": "convert.references",
     "text": "app.text",
     "train": "app.train",
     "tune": "app.tune",
+    "tuned": "plans.tuned",
 }
 """New names by old ones, both within this package."""
 

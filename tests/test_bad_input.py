@@ -24,11 +24,11 @@ from novolstm_triton import (
     launch,
     plan,
     reference,
-    tuned,
     use_backend,
 )
 from novolstm_triton.app import bytemodel
 from novolstm_triton.functional import lstm, novolstm
+from novolstm_triton.plans import tuned
 from novolstm_triton.testing import cooperative
 
 from .support.layers import B, H, I, T, both

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from novolstm_triton import bptt, functional, plan, tuned
+from novolstm_triton import bptt, functional, plan
 from novolstm_triton.app import environment
 from novolstm_triton.app.cli import main
 from novolstm_triton.cells import CELLS
+from novolstm_triton.plans import tuned
+from novolstm_triton.plans.tuned import Entry, Key
 from novolstm_triton.problems import RESULTS
 from novolstm_triton.testing import cooperative
-from novolstm_triton.tuned import Entry, Key
 
 SMALL = ["doctor", "--hidden", "20", "--batch", "3", "--steps", "9", "--dtype", "fp32"]
 
@@ -187,7 +188,7 @@ def test_tuned_plan_is_told(doctor, tmp_path):
     tuned.load(tmp_path / "plans.json")
     code, text = doctor("--device", "h200", "--hidden", "512", "--batch", "20")
     assert code == 0
-    # The device of the file comes before the one that plan.py knows.
+    # The device of the file comes before the one that this package knows.
     assert "Plan on NVIDIA H200" in text
     assert f"chosen           measured 1.25 µs a step at B=64, in {tmp_path / 'plans.json'}" in text
     assert text.count("by the model") == 1

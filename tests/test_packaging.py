@@ -64,7 +64,7 @@ def wheel(source, tmp_path_factory) -> pathlib.Path:
 
 def test_wheel_holds_the_package_and_the_kernels_inside_it(wheel):
     package, kernels = ROOT / "novolstm_triton", ROOT / "kernels"
-    files = [*package.rglob("*.py"), package / "py.typed", *(package / "plans").iterdir()]
+    files = [*package.rglob("*.py"), package / "py.typed", *(package / "plans" / "data").iterdir()]
     expected = {f"novolstm_triton/{path.relative_to(package)}" for path in files}
     expected |= {f"novolstm_triton/kernels/{path.name}" for path in (*kernels.glob("*.py"), kernels / "README.md")}
     assert {"novolstm_triton/testing/cooperative.py", "novolstm_triton/kernels/forward.py"} <= expected

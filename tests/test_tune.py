@@ -7,14 +7,15 @@ import textwrap
 import pytest
 import torch
 
-from novolstm_triton import launch, plan, tuned
+from novolstm_triton import launch, plan
 from novolstm_triton.app import measure, tune
 from novolstm_triton.app.cli import main
 from novolstm_triton.app.isolated import CallError, Isolated
 from novolstm_triton.app.text import UsageError
+from novolstm_triton.plans import tuned
+from novolstm_triton.plans.tuned import Key
 from novolstm_triton.problems import excess
 from novolstm_triton.testing import cooperative
-from novolstm_triton.tuned import Key
 
 from .support.interpreted import ROOMY
 

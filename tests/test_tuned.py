@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from novolstm_triton import launch, plan, tuned
-from novolstm_triton.plan import Pins
+from novolstm_triton import launch, plan
+from novolstm_triton.plans import Pins, tuned
+from novolstm_triton.plans.tuned import Entry, Key, PlanFile, TunedPlans
 from novolstm_triton.testing import cooperative
-from novolstm_triton.tuned import Entry, Key, PlanFile, TunedPlans
 
 from .support.problems import Problem, assert_as_exact_as_eager
 

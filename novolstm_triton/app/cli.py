@@ -23,7 +23,6 @@ if _EXTRAS:
 
 import typer  # noqa: E402
 
-from novolstm_triton import tuned  # noqa: E402
 from novolstm_triton.app import tune  # noqa: E402
 from novolstm_triton.app.doctor import DTYPES as DOCTOR_DTYPES  # noqa: E402
 from novolstm_triton.app.doctor import Shape, doctor  # noqa: E402
@@ -33,6 +32,7 @@ from novolstm_triton.app.train import CELLS, DEVICES, DTYPES, TrainConfig, Train
 from novolstm_triton.cells import CELLS as CELL_NAMES  # noqa: E402
 from novolstm_triton.cells import VARIANTS  # noqa: E402
 from novolstm_triton.functional import BACKENDS  # noqa: E402
+from novolstm_triton.plans import tuned  # noqa: E402
 
 # Plain help: in rich markup, the [train] of a pip command would be a tag.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -159,7 +159,7 @@ def tune_command(
 
     Every plan is checked against the torch backend before it is timed. The file is written after each size; an
     existing one is continued. To use its plans, set NOVOLSTM_PLANS=FILE in the environment or call
-    novolstm_triton.tuned.load(FILE).
+    novolstm_triton.plans.tuned.load(FILE).
     """
     wanted = list(
         tune.keys(

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from novolstm_triton import plan, problems, tuned
+from novolstm_triton import plans, problems
 from novolstm_triton.app import environment, measure
 from novolstm_triton.app.isolated import CallError, Isolated
 from novolstm_triton.app.text import UsageError
 from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import check_triton, explain_backend, state_dtype
-from novolstm_triton.plan import Device, KernelPlan
+from novolstm_triton.plans import DEVICES, Device, KernelPlan, tuned
 from novolstm_triton.problems import Problem, excess
 
 DTYPES = {**tuned.DTYPES, "fp64": torch.float64}
@@ -86,13 +86,13 @@ def doctor(shape: Shape, device: str = "auto", say: Callable[[str], None] = prin
 
 
 def known_device(name: str) -> Device:
-    """Return the device of a tuned file, or of `plan.py`, that a name such as "h200" or "rtx-4090" stands for.
+    """Return the device of a tuned file, or of `plans/device.py`, that a name such as "h200" or "rtx-4090" stands for.
 
     Raises:
         UsageError: no device has this name.
     """
     devices = [file.device for file in _tuned_files()]
-    devices += [value for value in vars(plan).values() if isinstance(value, Device) and value != plan.INTERPRETER]
+    devices += DEVICES
     wanted = _words(name)
     for device in devices:
         if wanted in (_words(device.name), _words(device.name)[-len(wanted) :]):
@@ -209,7 +209,7 @@ class _Report:
             self._part("Plan")
             buffer_dtype = state_dtype(self._dtype)
         gates = len(CELLS[shape.cell].gates)
-        chunk = min(shape.steps, plan.chunk_steps(shape.batch, shape.hidden, gates, itemsize, backend))
+        chunk = min(shape.steps, plans.chunk_steps(shape.batch, shape.hidden, gates, itemsize, backend))
         gates_bytes = chunk * shape.batch * gates * shape.hidden * buffer_dtype.itemsize
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")
         self._line("workspace", f"{gates_bytes:,} bytes for a chunk's pre-activations, its largest buffer;")
@@ -221,7 +221,7 @@ class _Report:
         sizes = (shape.hidden, shape.batch, self._dtype, device)
         try:
             files = tuned.in_force()
-            both = plan.plan(*sizes, cell=cell, plans=files)
+            both = plans.plan(*sizes, cell=cell, plans=files)
         except ValueError as error:
             self._problem(f"{error}: take backend='torch', or other sizes")
             return False
@@ -234,7 +234,7 @@ class _Report:
             if found is not None and choices == choices | found[1].choices:
                 file, entry = found
                 chosen = f"measured {entry.step_us:.2f} µs a step at B={entry.key.batch}, in {file.path}"
-            elif plan.pinned() != plan.Pins():
+            elif plans.pinned() != plans.Pins():
                 chosen = f"by pins and the model, {kernel_plan.step_us:.2f} µs a step: to rank plans, not to quote"
             else:
                 why = "no tuned plan for this layer on this device"
@@ -251,9 +251,9 @@ class _Report:
     def _residence(self, kernel_plan: KernelPlan, sizes: Any, cell: str, backward: bool) -> str:
         if kernel_plan.resident:
             return "stay in shared memory for all steps of a chunk"
-        pins = dataclasses.replace(plan.pinned(), resident=True)
+        pins = dataclasses.replace(plans.pinned(), resident=True)
         try:
-            plan.candidates(*sizes, cell=cell, backward=backward, pins=pins)
+            plans.candidates(*sizes, cell=cell, backward=backward, pins=pins)
         except ValueError:
             return "stream from L2 in every step: no plan holds them in shared memory"
         return "stream from L2 in every step: by choice, shared memory could hold them"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from novolstm_triton import plan, problems, tuned
-from novolstm_triton.plan import Device
+from novolstm_triton import problems
+from novolstm_triton.plans import Device, plan, tuned
 from novolstm_triton.problems import Problem
 
 CHECK_STEPS = 5
@@ -92,7 +92,7 @@ def only_plan(key: tuned.Key, choices: dict[str, Any], device: Device) -> Iterat
     entry = tuned.Entry(key, choices, 0.0)
     plans = tuned.TunedPlans((tuned.PlanFile("", device, {}, (entry,)),))
     sizes = (key.hidden, key.batch, tuned.DTYPES[key.dtype], device)
-    kernel_plan = getattr(plan.plan(*sizes, cell=key.cell, plans=plans), key.direction)
+    kernel_plan = getattr(plan(*sizes, cell=key.cell, plans=plans), key.direction)
     if (taken := tuned.choices_of(kernel_plan)) != tuned.choices_of(kernel_plan) | choices:
         raise ValueError(f"expected {choices}, the plan has {taken}")
     before = tuned.put_in_force(plans)

@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from novolstm_triton import plan, tuned
+from novolstm_triton import plans
 from novolstm_triton.app import environment
 from novolstm_triton.app.isolated import CallError, Isolated
 from novolstm_triton.app.text import UsageError
-from novolstm_triton.plan import Device, Pins
+from novolstm_triton.plans import Device, Pins, tuned
+from novolstm_triton.plans.tuned import DTYPES, Entry, Key
 from novolstm_triton.problems import excess
-from novolstm_triton.tuned import DTYPES, Entry, Key
 
 _LADDERS: dict[str, tuple] = dict(
-    block_k=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8, 16), exchange=plan.EXCHANGES, exchanges=(1, 2)
+    block_k=(16, 32, 64, 128, 256, 512), num_warps=(2, 4, 8, 16), exchange=plans.EXCHANGES, exchanges=(1, 2)
 )
 """Values to try for the choices that are not bools and in which the candidates do not differ already.
 
@@ -199,7 +199,7 @@ def enumerate_choices(key: Key, device: Device) -> list[Choices]:
     """
     # Without pins first: an exchange may allow none, but then another does, or that raises.
     kernel_plans = _candidates(key, device, Pins())
-    for exchange in plan.EXCHANGES:
+    for exchange in plans.EXCHANGES:
         try:
             kernel_plans += _candidates(key, device, Pins(exchange=exchange))
         except ValueError:
@@ -227,8 +227,8 @@ def neighbours(choices: Choices, key: Key, device: Device) -> Iterator[Choices]:
                 yield changed
 
 
-def _candidates(key: Key, device: Device, pins: Pins) -> list[plan.KernelPlan]:
-    return plan.candidates(
+def _candidates(key: Key, device: Device, pins: Pins) -> list[plans.KernelPlan]:
+    return plans.candidates(
         key.hidden,
         key.batch,
         DTYPES[key.dtype],

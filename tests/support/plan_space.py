@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 from novolstm_triton import plan
 from novolstm_triton.kernels import backward, forward
 from novolstm_triton.launch import KERNELS
-from novolstm_triton.plan import Device, KernelPlan, Pins
+from novolstm_triton.plans import Device, KernelPlan, Pins
 from novolstm_triton.testing import cooperative
 from novolstm_triton.testing.happens_before import Memory
 

@@ -1,12 +1,12 @@
-"""Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `app/tune.py` writes them.
+"""Plans measured on a device, as data: a JSON file per GPU, read, checked and looked up; `../app/tune.py` writes them.
 
 A file says on which device and with which versions it was measured, and holds an entry for each hidden size, batch,
 dtype, cell and direction: the plan's choices, and the time of a step under them. The format is described in
-plans/README.md, where the files of this package lie.
+data/README.md, where the files of this package lie.
 
 An entry is for one hidden size, dtype, cell and direction, on a device that is equal in every property. Of these the
-one with the nearest batch at or above the layer's is taken, else the model of `plan.py` decides. A pin that contradicts
-an entry sets all of it aside.
+one with the nearest batch at or above the layer's is taken, else `model.py` decides. A pin that contradicts an entry
+sets all of it aside.
 """
 
 import dataclasses
@@ -21,15 +21,17 @@ from typing import Any
 
 import torch
 
-from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
 from novolstm_triton.files import check_path, check_regular, strict_json
-from novolstm_triton.plan import Device, KernelPlan, Pins
+from novolstm_triton.plans import pins
+from novolstm_triton.plans.device import Device
+from novolstm_triton.plans.model import KernelPlan, candidates
+from novolstm_triton.plans.pins import Pins
 
 SCHEMA = 1
 """Version of the file format."""
 
-SHIPPED = pathlib.Path(__file__).parent / "plans"
+SHIPPED = pathlib.Path(__file__).parent / "data"
 """Where the files of this package lie."""
 
 VARIABLE = "NOVOLSTM_PLANS"
@@ -286,10 +288,10 @@ def _check_allowed(entry: Entry, device: Device) -> None:
     """Raise ValueError if no plan on the device has the entry's choices."""
     key = entry.key
     # Whatever is pinned around the call that reads the file.
-    with plan.in_force(Pins()), plan.forced(**entry.choices):
+    with pins.in_force(Pins()), pins.forced(**entry.choices):
         sizes = (key.hidden, key.batch, DTYPES[key.dtype], device)
         backward = key.direction == "backward"
-        plan.candidates(*sizes, cell=key.cell, backward=backward, pins=plan.pinned())
+        candidates(*sizes, cell=key.cell, backward=backward, pins=pins.pinned())
 
 
 def _expect_fields(fields: dict[str, Any], names: Iterable[str], where: str) -> None:
