@@ -6,6 +6,8 @@ cuts the history of a state; `convert_model` puts this package's layers into a m
 back; `use_backend` chooses a backend for a block of code; `plan` decides how the Triton kernels are launched.
 """
 
+from typing import TYPE_CHECKING
+
 from novolstm_triton import functional, moved
 from novolstm_triton import plans as plan
 from novolstm_triton.convert import convert_model
@@ -16,6 +18,9 @@ from novolstm_triton.single_step import LSTMCell, NovoLSTMCell
 from novolstm_triton.torch_lstm import TorchLSTM
 
 moved.install()
+# To a type checker it would say that any name is one of this package's.
+if not TYPE_CHECKING:
+    __getattr__ = moved.attribute
 
 __version__ = "0.1.0"
 __all__ = [

@@ -44,3 +44,14 @@ class _Finder(MetaPathFinder, Loader):
 def install() -> None:
     """Let imports find the old names."""
     sys.meta_path.append(_Finder())
+
+
+def attribute(name: str) -> ModuleType:
+    """Return the module of an old name: `__getattr__` of the package, in which imported modules are attributes.
+
+    Raises:
+        AttributeError: there never was such a module.
+    """
+    if name not in MOVED:
+        raise AttributeError(f"module {__package__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__package__}.{name}")
