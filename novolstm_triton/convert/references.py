@@ -6,7 +6,6 @@ and go on calling it after it was replaced in one place only.
 
 import collections
 import contextlib
-import dataclasses
 import dis
 import functools
 import gc
@@ -15,7 +14,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +60,7 @@ Content = tuple[str, Any, Put | None]
 """Where an object has something, what, and what puts another thing there, if that can be done."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """A holder's hold on an object."""
 
     holder: Any
