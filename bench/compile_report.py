@@ -28,9 +28,9 @@ from triton.compiler import ASTSource
 
 from novolstm_triton import plan as planning
 from novolstm_triton.cells import CELLS
+from novolstm_triton.engines.launch import FUSION, WalkOptions, compile_options, kernel_constants
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.forward import forward_kernel
-from novolstm_triton.launch import FUSION, WalkOptions, compile_options, kernel_constants
 
 DEVICES = {
     "sm_80": planning.A100,

@@ -117,7 +117,7 @@ class Layer:
         if self.name != "novolstm":
             return None
         # It imports triton.
-        from novolstm_triton import launch
+        from novolstm_triton.engines import launch
 
         with pinned(self.pins):
             plans = launch.launch_plan(self.x, self.sizes.hidden, "formula")

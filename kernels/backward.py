@@ -92,8 +92,7 @@ def load_stats(stats_ptr, place, stride, STATS: tl.constexpr, mask=None):
 def cell_states_kernel(
     z_ptr,
     stats_ptr,
-    gamma_ptr,
-    beta_ptr,
+    vectors_ptr,
     lengths_ptr,
     zoneout_mask_ptr,
     c_ptr,
@@ -107,7 +106,7 @@ def cell_states_kernel(
     update: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
-    NORMS: tl.constexpr,
+    VECTORS: tl.constexpr,
     GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -121,8 +120,7 @@ def cell_states_kernel(
     Args:
         z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
         stats_ptr: [STATS, D, steps, B] fp32 row statistics.
-        gamma_ptr: [D, NORMS·H] fp32.
-        beta_ptr: [D, NORMS·H] fp32.
+        vectors_ptr: [D, VECTORS·H] fp32.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         zoneout_mask_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
         c_ptr: [D, steps + 1, B, H] fp32 in the order of the walk; slot 0 is given, the others are written.
@@ -140,14 +138,12 @@ def cell_states_kernel(
         direction = row // batch
         row = row % batch
         t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
-        gamma_ptr += direction * (NORMS * HIDDEN)
-        beta_ptr += direction * (NORMS * HIDDEN)
+        vectors_ptr += direction * (VECTORS * HIDDEN)
         c_ptr += tl.cast(direction * (steps + 1), tl.int64) * batch * HIDDEN
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     unit = units[None, :]
     mask = unit < HIDDEN
-    gamma = load_rows(gamma_ptr, units, units < HIDDEN, NORMS, HIDDEN)
-    beta = load_rows(beta_ptr, units, units < HIDDEN, NORMS, HIDDEN)
+    vectors = load_rows(vectors_ptr, units, units < HIDDEN, VECTORS, HIDDEN)
     c = tl.load(c_ptr + tl.cast(row, tl.int64) * HIDDEN + unit, mask=mask, other=0.0)
     stats_size = tl.cast(steps, tl.int64) * (DIRECTIONS * batch)
     if HAS_LENGTHS:
@@ -174,7 +170,7 @@ def cell_states_kernel(
                 valid = valid & (t_first + step * t_step < length)
             step_z = widen(z[k * GATES : (k + 1) * GATES])
             step_stats = stats[k * STATS : (k + 1) * STATS]
-            _, c_new = cell_update(step_z, step_stats, c, gamma, beta, update, GATE_NORMS)
+            _, c_new = cell_update(step_z, step_stats, c, vectors, update, GATE_NORMS)
             c_new = zoneout(c_new, c, zoneout_masks[k], 2, zoneout_c, ZONEOUT)
             c = tl.where(valid, c_new, c)
             place = (tl.cast(first + k + 1, tl.int64) * batch + row) * HIDDEN + unit
@@ -325,8 +321,7 @@ def backward_kernel(
     z_ptr,
     stats_ptr,
     weight_hh_ptr,
-    gamma_ptr,
-    beta_ptr,
+    vectors_ptr,
     lengths_ptr,
     h_mask_ptr,
     zoneout_mask_ptr,
@@ -339,8 +334,7 @@ def backward_kernel(
     dz_ptr,
     dh_ptr,
     dc_ptr,
-    dgamma_ptr,
-    dbeta_ptr,
+    dvectors_ptr,
     batch,
     steps,
     t_last,
@@ -360,7 +354,7 @@ def backward_kernel(
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
-    NORMS: tl.constexpr,
+    VECTORS: tl.constexpr,
     GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -384,18 +378,17 @@ def backward_kernel(
     """Walk a chunk back in time; program (s, b) owns the units of slice s for the rows of batch tile tile_first + b.
 
     On chip for all steps: the columns of the recurrent weights that lead to the slice's units (RESIDENT), dh, dc and
-    the sums of dγ and dβ, in fp32. Per step it exchanges with the tile's other slices dz of the early gates and the
-    backward row sums, then dz of the late gates. With COMPANIONS, all that at once, dz of the late gates as if the sums
-    were zero: it is linear in them, so what they take from dh comes from the companions' products. A cell without sums
-    exchanges dz, once.
+    the sums of the vectors' gradients, in fp32. Per step it exchanges with the tile's other slices dz of the early
+    gates and the backward row sums, then dz of the late gates. With COMPANIONS, all that at once, dz of the late gates
+    as if the sums were zero: it is linear in them, so what they take from dh comes from the companions' products. A
+    cell without sums exchanges dz, once.
     D directions of a layer run side by side, as in `forward_kernel`.
 
     Args:
         z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
         stats_ptr: [STATS, D, steps, B] fp32 row statistics, in the order of t.
         weight_hh_ptr: [D, RECURRENT·H, H].
-        gamma_ptr: [D, NORMS·H] fp32, gate gain folded in.
-        beta_ptr: [D, NORMS·H] fp32, likewise.
+        vectors_ptr: [D, VECTORS·H] fp32, gate gain folded in.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         h_mask_ptr: [D, B, H] factor on h wherever it met weight_hh; not read unless HAS_MASK.
         zoneout_mask_ptr: [T, B, D·H] uint8 masks of zoneout as in `forward_kernel`; read if ZONEOUT is "masks".
@@ -410,8 +403,7 @@ def backward_kernel(
         dz_ptr: [D, steps, B, GATES·H] output, in the order of t.
         dh_ptr: [D, B, H] fp32 gradient of the chunk's last h; of the h before the chunk afterwards.
         dc_ptr: [D, B, H] fp32, likewise of c.
-        dgamma_ptr: [NORMS, D, B, H] fp32; this chunk's share is added, row by row.
-        dbeta_ptr: [NORMS, D, B, H] fp32; likewise.
+        dvectors_ptr: [VECTORS, D, B, H] fp32; this chunk's share is added, row by row.
         batch: B.
         steps: length of the chunk.
         t_last: t of the step that direction 0's forward walk took last.
@@ -436,8 +428,7 @@ def backward_kernel(
         tile = tile % tiles
         t_last, t_step, chunk_start = mirror(direction, t_last, t_step, chunk_start, steps, total)
         weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
-        gamma_ptr += direction * (NORMS * HIDDEN)
-        beta_ptr += direction * (NORMS * HIDDEN)
+        vectors_ptr += direction * (VECTORS * HIDDEN)
     # Pointers would each take two registers: what the loop uses is offset through its indices.
     c_first = direction * (steps + 1)
     slot_first = direction * late_slots
@@ -455,8 +446,7 @@ def backward_kernel(
     if RESIDENT:
         weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, False, PARTS)
 
-    gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
-    beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
+    vectors = load_rows(vectors_ptr, unit, is_unit, VECTORS, HIDDEN)
     ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
     state_place = direction * size + tile_place
@@ -467,8 +457,7 @@ def backward_kernel(
     late_place = row[:, None] * (LATE_GATES * HIDDEN) + unit[None, :]
     dh = tl.load(dh_ptr + state_place + place, mask=mask, other=0.0)
     dc = tl.load(dc_ptr + state_place + place, mask=mask, other=0.0)
-    dgamma = load_sums(dgamma_ptr + state_place, place, size * DIRECTIONS, mask, NORMS)
-    dbeta = load_sums(dbeta_ptr + state_place, place, size * DIRECTIONS, mask, NORMS)
+    dvectors = load_sums(dvectors_ptr + state_place, place, size * DIRECTIONS, mask, VECTORS)
     if HAS_LENGTHS:
         length = tl.load(lengths_ptr + row_first + row, mask=in_batch, other=0)
     if HAS_MASK:
@@ -498,23 +487,21 @@ def backward_kernel(
         dc_new = dc
         if ZONEOUT != "none":
             # The cell's own c, of which the walk forward kept a part, and its share of the gradients.
-            _, c = cell_update(widen(z), stats, c_prev, gamma, beta, update, GATE_NORMS)
+            _, c = cell_update(widen(z), stats, c_prev, vectors, update, GATE_NORMS)
             dh_new = zoneout(dh, 0.0, zoneout_mask, 1, zoneout_h, ZONEOUT)
             dc_new = zoneout(dc, 0.0, zoneout_mask, 2, zoneout_c, ZONEOUT)
             dh_kept = zoneout(0.0, dh, zoneout_mask, 1, zoneout_h, ZONEOUT)
             dc_kept = zoneout(0.0, dc, zoneout_mask, 2, zoneout_c, ZONEOUT)
-        own, early, pending, dc_prev, dgamma_step, dbeta_step = cell_grad_local(
-            *(widen(z), stats, c, c_prev, dh_new, dc_new, gamma, beta, is_unit[None, :], grad_local, GATE_NORMS)
+        own, early, pending, dc_prev, dvectors_step = cell_grad_local(
+            *(widen(z), stats, c, c_prev, dh_new, dc_new, vectors, is_unit[None, :], grad_local, GATE_NORMS)
         )
         if ZONEOUT != "none":
             dc_prev += dc_kept
         if HAS_LENGTHS:
             early = zero_unless(valid, early)
             dc_prev = tl.where(valid, dc_prev, dc)
-            dgamma_step = zero_unless(valid, dgamma_step)
-            dbeta_step = zero_unless(valid, dbeta_step)
-        dgamma = add_tiles(dgamma, dgamma_step)
-        dbeta = add_tiles(dbeta, dbeta_step)
+            dvectors_step = zero_unless(valid, dvectors_step)
+        dvectors = add_tiles(dvectors, dvectors_step)
         # Published with the sums, so that their products can run while the late gates' dz is on its way.
         publish_gates(dz_ptr + step_place, early, gate_place, mask, EARLY, HIDDEN, EXCHANGE)
         row_step = step_base + step
@@ -679,5 +666,4 @@ def backward_kernel(
 
     tl.store(dh_ptr + state_place + place, dh, mask=mask)
     tl.store(dc_ptr + state_place + place, dc, mask=mask)
-    store_sums(dgamma_ptr + state_place, place, size * DIRECTIONS, dgamma, mask)
-    store_sums(dbeta_ptr + state_place, place, size * DIRECTIONS, dbeta, mask)
+    store_sums(dvectors_ptr + state_place, place, size * DIRECTIONS, dvectors, mask)

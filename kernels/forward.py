@@ -39,8 +39,7 @@ from .tiles import (
 def forward_kernel(
     x_gates_ptr,
     weight_hh_ptr,
-    gamma_ptr,
-    beta_ptr,
+    vectors_ptr,
     lengths_ptr,
     h_mask_ptr,
     zoneout_mask_ptr,
@@ -70,7 +69,7 @@ def forward_kernel(
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
-    NORMS: tl.constexpr,
+    VECTORS: tl.constexpr,
     GATE_NORMS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SLICES: tl.constexpr,
@@ -95,14 +94,13 @@ def forward_kernel(
     walks T − 1 − t where direction 0 walks t.
 
     On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
-    cell states in fp32, γ and β. Per step it exchanges the cell's row statistics, if it has any, then h, with the
-    tile's other slices.
+    cell states in fp32, and the cell's vectors. Per step it exchanges the cell's row statistics, if it has any, then h,
+    with the tile's other slices.
 
     Args:
         x_gates_ptr: [D, steps, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
         weight_hh_ptr: [D, RECURRENT·H, H].
-        gamma_ptr: [D, NORMS·H] fp32, gate gain folded in.
-        beta_ptr: [D, NORMS·H] fp32, likewise.
+        vectors_ptr: [D, VECTORS·H] fp32, the cell's vectors over the units, gate gain folded in.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
         h_mask_ptr: [D, B, H] factor on h wherever it meets weight_hh; not read unless HAS_MASK.
         zoneout_mask_ptr: [T, B, D·H] uint8, bit 0: h keeps its value, bit 1: c does; read if ZONEOUT is "masks".
@@ -140,8 +138,7 @@ def forward_kernel(
         tile = tile % tiles
         t_first, t_step, chunk_start = mirror(direction, t_first, t_step, chunk_start, steps, total)
         weight_hh_ptr += tl.cast(direction, tl.int64) * (RECURRENT * HIDDEN * HIDDEN)
-        gamma_ptr += direction * (NORMS * HIDDEN)
-        beta_ptr += direction * (NORMS * HIDDEN)
+        vectors_ptr += direction * (VECTORS * HIDDEN)
     # Pointers would each take two registers: what the loop uses is offset through its indices.
     slot_first = direction * h_slots
     row_first = tile * BLOCK_B
@@ -159,8 +156,7 @@ def forward_kernel(
     if RESIDENT:
         weights = load_resident(weight_hh_ptr, unit, is_unit, RECURRENT, HIDDEN, BLOCK_K, True, PARTS)
 
-    gamma = load_rows(gamma_ptr, unit, is_unit, NORMS, HIDDEN)
-    beta = load_rows(beta_ptr, unit, is_unit, NORMS, HIDDEN)
+    vectors = load_rows(vectors_ptr, unit, is_unit, VECTORS, HIDDEN)
     ring_row = direction * batch + row_first + row
     tile_place = tl.cast(row_first, tl.int64) * HIDDEN
     state_place = direction * size + tile_place
@@ -225,7 +221,7 @@ def forward_kernel(
             *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
         )
         stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
-        h_new, c_new = cell_update(z, stats, c, gamma, beta, update, GATE_NORMS)
+        h_new, c_new = cell_update(z, stats, c, vectors, update, GATE_NORMS)
         h_new = zoneout(h_new, h.to(tl.float32), zoneout_mask, 1, zoneout_h, ZONEOUT).to(h.dtype)
         c_new = zoneout(c_new, c, zoneout_mask, 2, zoneout_c, ZONEOUT)
         if LOCAL and HIDDEN != BLOCK_N:

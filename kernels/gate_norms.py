@@ -1,7 +1,8 @@
 """Layer normalisation of the other gates, around any cell: z_k becomes γ_k·x̂_k + β_k for k in f, g, o.
 
 Each function does what the cell's own one does, and if GATE_NORMS the normalisations besides: their rows come after
-the cell's, in the order f|g|o, and nothing of dz is early any more, because it takes sums over all units.
+the cell's, in the order f|g|o, and nothing of dz is early any more, because it takes sums over all units. The vectors
+are γ of i|f|g|o, then β of the same.
 """
 
 import dataclasses
@@ -80,47 +81,52 @@ def standardise(z, stats):
 
 
 @triton.jit
-def scale(z, xhats, gamma, beta):
+def scale(z, xhats, vectors):
     """Return z with γ·x̂ + β in place of z_f, z_g, z_o."""
+    BETA: tl.constexpr = len(vectors) // 2
     scaled = (z[0],)
     for k in tl.static_range(3):
-        scaled = scaled + (gamma[k + 1] * xhats[k] + beta[k + 1],)
+        scaled = scaled + (vectors[k + 1] * xhats[k] + vectors[BETA + k + 1],)
     return scaled + z[4:]
 
 
 @triton.jit
-def cell_update(z, stats, c, gamma, beta, update: tl.constexpr, GATE_NORMS: tl.constexpr):
+def cell_update(z, stats, c, vectors, update: tl.constexpr, GATE_NORMS: tl.constexpr):
     """Return the cell's h and c."""
     if GATE_NORMS:
-        z = scale(z, standardise(z, stats), gamma, beta)
-        h, c = update(z, stats[: len(stats) - 6], c, gamma, beta)
+        z = scale(z, standardise(z, stats), vectors)
+        h, c = update(z, stats[: len(stats) - 6], c, (vectors[0], vectors[len(vectors) // 2]))
     else:
-        h, c = update(z, stats, c, gamma, beta)
+        h, c = update(z, stats, c, vectors)
     return h, c
 
 
 @triton.jit
-def cell_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask, grad_local: tl.constexpr, GATE_NORMS: tl.constexpr):
+def cell_grad_local(z, stats, c, c_prev, dh, dc, vectors, mask, grad_local: tl.constexpr, GATE_NORMS: tl.constexpr):
     """Return what the cell's function does; with x̂ and dx̂ of f, g, o as the last six of what is pending."""
     if GATE_NORMS:
         xhats = standardise(z, stats)
-        scaled = scale(z, xhats, gamma, beta)
+        scaled = scale(z, xhats, vectors)
         own = stats[: len(stats) - 6]
-        sums, dz, pending, dc_prev, dgamma, dbeta = grad_local(scaled, own, c, c_prev, dh, dc, gamma, beta, mask)
+        affine = (vectors[0], vectors[len(vectors) // 2])
+        sums, dz, pending, dc_prev, daffine = grad_local(scaled, own, c, c_prev, dh, dc, affine, mask)
+        dgamma = (daffine[0],)
+        dbeta = (daffine[1],)
         dxhats = ()
         products = ()
         for k in tl.static_range(3):
-            dxhat = gamma[k + 1] * dz[k]
+            dxhat = vectors[k + 1] * dz[k]
             dgamma = dgamma + (dz[k] * xhats[k],)
             dbeta = dbeta + (dz[k],)
             dxhats = dxhats + (dxhat,)
             products = products + (dxhat * xhats[k],)
         sums = sums + row_sums(dxhats) + row_sums(products)
         pending = pending + xhats + dxhats
+        dvectors = dgamma + dbeta
         dz = ()
     else:
-        sums, dz, pending, dc_prev, dgamma, dbeta = grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask)
-    return sums, dz, pending, dc_prev, dgamma, dbeta
+        sums, dz, pending, dc_prev, dvectors = grad_local(z, stats, c, c_prev, dh, dc, vectors, mask)
+    return sums, dz, pending, dc_prev, dvectors
 
 
 @triton.jit

@@ -11,19 +11,7 @@ from .math import tanh
 
 
 @triton.jit
-def lstm_partials(z, count, mask):
-    """Return no sums."""
-    return ()
-
-
-@triton.jit
-def lstm_merge(parts, count, total, eps):
-    """Return no statistics."""
-    return ()
-
-
-@triton.jit
-def lstm_update(z, stats, c, gamma, beta):
+def lstm_update(z, stats, c, vectors):
     """c = f·c + i·g,  h = o·tanh(c)."""
     c = tl.sigmoid(z[1]) * c + tl.sigmoid(z[0]) * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
@@ -44,36 +32,11 @@ def grad_of_state(z, i, c, c_prev, dh, dc):
 
 
 @triton.jit
-def lstm_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
+def lstm_grad_local(z, stats, c, c_prev, dh, dc, vectors, mask):
     """Return dz of i|f|g|o and dc of the step before."""
     i = tl.sigmoid(z[0])
     dz, dc_prev, di = grad_of_state(z, i, c, c_prev, dh, dc)
-    return (), (di * i * (1.0 - i), dz[0], dz[1], dz[2]), (), dc_prev, (), ()
+    return (), (di * i * (1.0 - i), dz[0], dz[1], dz[2]), (), dc_prev, ()
 
 
-@triton.jit
-def lstm_grad_finish(pending, stats, sums, total):
-    """Return nothing: no gate waits for a sum."""
-    return ()
-
-
-@triton.jit
-def lstm_companions(z, stats, mask, total):
-    """Return nothing."""
-    return ()
-
-
-LSTM = CellKernels(
-    partials=lstm_partials,
-    merge=lstm_merge,
-    update=lstm_update,
-    grad_local=lstm_grad_local,
-    grad_finish=lstm_grad_finish,
-    companions=lstm_companions,
-    partial_rows=0,
-    stats=0,
-    grad_rows=0,
-    early=(0, 1, 2, 3),
-    late=(),
-    companion_gates=(),
-)
+LSTM = CellKernels(update=lstm_update, grad_local=lstm_grad_local, early=(0, 1, 2, 3))

@@ -1,13 +1,14 @@
 """The cells of NovoLSTM, both variants: what one step computes from its pre-activations, forward and backward.
 
 `cell.py` says what the functions of a cell are given and return; README.md derives the equations. Gates i|f|g|o|p;
-the gate gain is folded into gamma and beta.
+the vectors are γ and β, into which the gate gain is folded.
 """
 
 import triton
 import triton.language as tl
 
 from .cell import CellKernels
+from .gate_norms import normalise_gates
 from .lstm import grad_of_state
 from .math import mean_and_m2, mean_m2_and_sumexp, merge_mean_and_m2, merge_sumexp, row_sums, tanh
 
@@ -27,30 +28,30 @@ def formula_merge(parts, count, total, eps):
 
 
 @triton.jit
-def formula_update(z, stats, c, gamma, beta):
+def formula_update(z, stats, c, vectors):
     """i = (γ·x̂ + β)·p,  c = f·c + i·g,  h = o·tanh(c), with x̂ = (σ(z_i) − mean)·rstd and p = softmax(z_p)."""
     mean, rstd, maximum, scale = stats
-    n = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None] * gamma[0] + beta[0]
+    n = (tl.sigmoid(z[0]) - mean[:, None]) * rstd[:, None] * vectors[0] + vectors[1]
     p = tl.exp(z[4] - maximum[:, None]) * scale[:, None]
     c = tl.sigmoid(z[1]) * c + n * p * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
 
 
 @triton.jit
-def formula_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
+def formula_grad_local(z, stats, c, c_prev, dh, dc, vectors, mask):
     """Return S1 = Σ dp·p, S2 = Σ dx̂ and S3 = Σ dx̂·x̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
     mean, rstd, maximum, scale = stats
     s = tl.sigmoid(z[0])
     xhat = (s - mean[:, None]) * rstd[:, None]
-    n = gamma[0] * xhat + beta[0]
+    n = vectors[0] * xhat + vectors[1]
     p = tl.where(mask, tl.exp(z[4] - maximum[:, None]) * scale[:, None], 0.0)
     dz, dc_prev, di = grad_of_state(z, n * p, c, c_prev, dh, dc)
     dn = di * p
-    dxhat = gamma[0] * dn
+    dxhat = vectors[0] * dn
     dp_p = dn * n
     sums = row_sums((dp_p, dxhat, dxhat * xhat))
     pending = (rstd[:, None] * s * (1.0 - s), xhat, dxhat, p, dp_p)
-    return sums, dz, pending, dc_prev, (dn * xhat,), (dn,)
+    return sums, dz, pending, dc_prev, (dn * xhat, dn)
 
 
 @triton.jit
@@ -86,25 +87,25 @@ def notebook_merge(parts, count, total, eps):
 
 
 @triton.jit
-def notebook_update(z, stats, c, gamma, beta):
+def notebook_update(z, stats, c, vectors):
     """i = γ·q̂ + β,  c = f·c + i·g,  h = o·tanh(c), with q̂ = (σ(z_i)·p − mean)·rstd."""
     mean, rstd = stats
-    i = (tl.sigmoid(z[0]) * z[4] - mean[:, None]) * rstd[:, None] * gamma[0] + beta[0]
+    i = (tl.sigmoid(z[0]) * z[4] - mean[:, None]) * rstd[:, None] * vectors[0] + vectors[1]
     c = tl.sigmoid(z[1]) * c + i * tanh(z[2])
     return tl.sigmoid(z[3]) * tanh(c), c
 
 
 @triton.jit
-def notebook_grad_local(z, stats, c, c_prev, dh, dc, gamma, beta, mask):
+def notebook_grad_local(z, stats, c, c_prev, dh, dc, vectors, mask):
     """Return S2 = Σ dq̂ and S3 = Σ dq̂·q̂, dz of f|g|o, what dz of i|p is made of, and the rest."""
     mean, rstd = stats
     s = tl.sigmoid(z[0])
     p = z[4]
     qhat = tl.where(mask, (s * p - mean[:, None]) * rstd[:, None], 0.0)
-    dz, dc_prev, di = grad_of_state(z, gamma[0] * qhat + beta[0], c, c_prev, dh, dc)
-    dqhat = gamma[0] * di
+    dz, dc_prev, di = grad_of_state(z, vectors[0] * qhat + vectors[1], c, c_prev, dh, dc)
+    dqhat = vectors[0] * di
     sums = row_sums((dqhat, dqhat * qhat))
-    return sums, dz, (s, p, qhat, dqhat), dc_prev, (di * qhat,), (di,)
+    return sums, dz, (s, p, qhat, dqhat), dc_prev, (di * qhat, di)
 
 
 @triton.jit
@@ -157,3 +158,6 @@ NOTEBOOK = CellKernels(
     companion_gates=(0, 0),
     softmax_gate=4,
 )
+
+FORMULA_ALL = normalise_gates(FORMULA)
+NOTEBOOK_ALL = normalise_gates(NOTEBOOK)

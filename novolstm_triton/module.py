@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, is_share
-from novolstm_triton.functional import check_lengths, is_readable, resolve_backend, takes_plain_steps
+from novolstm_triton.functional import resolve_backend, takes_plain_steps
 from novolstm_triton.ragged import Rows
 from novolstm_triton.recurrent import (
     LSTMFunction,
@@ -27,11 +27,11 @@ from novolstm_triton.recurrent import (
     check_sizes,
     check_state_ranks,
     layer_weights,
-    parameter_shapes,
     same_dtype,
     scalar_type,
 )
 from novolstm_triton.regularisers import draw_dropout_mask, draw_zoneout_mask
+from novolstm_triton.validation import check_lengths, is_readable
 from novolstm_triton.weights.torch import lstm_from_torch, lstm_to_torch, novolstm_from_lstm
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class RecurrentLayer(Recurrent):
         output_size, directions = proj_size or hidden_size, 2 if bidirectional else 1
         for layer in range(num_layers):
             features = input_size if layer == 0 else directions * output_size
-            shapes = parameter_shapes(cell, features, hidden_size, bias, proj_size)
+            shapes = CELLS[cell].shapes(features, hidden_size, bias, proj_size)
             self._parameter_names = tuple(shapes)
             for suffix in self._suffixes(layer):
                 for name, shape in shapes.items():
@@ -402,7 +402,7 @@ class NovoLSTM(NovoLSTMFunction, RecurrentLayer):
     r"""A stacked, optionally bidirectional NovoLSTM, called like `torch.nn.LSTM`.
 
     An LSTM whose input gate is i = gain · LayerNorm(σ(z_i)) · softmax(z_p), both over the hidden units (equations:
-    `novolstm_triton.reference.step`). Two facts to know before use: the gate is signed, because the normalisation
+    `novolstm_triton.cells.novolstm`). Two facts to know before use: the gate is signed, because the normalisation
     centres it, and it is O(1/H), so that at large H a layer with gate_gain=1 starts nearly silent.
 
     Args:

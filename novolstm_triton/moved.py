@@ -8,16 +8,21 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    "bptt": "engines.bptt",
     "bytemodel": "app.bytemodel",
     "doctor": "app.doctor",
     "environment": "app.environment",
     "isolated": "app.isolated",
     "keras_files": "weights.keras_files",
     "keras_weights": "weights.keras",
+    "launch": "engines.launch",
     "measure": "app.measure",
     "model_copy": "convert.copies",
+    "onnx_export": "engines.onnx",
     "plan": "plans",
+    "reference": "engines.reference",
     "references": "convert.references",
+    "streams": "engines.streams",
     "text": "app.text",
     "train": "app.train",
     "tune": "app.tune",

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novolstm_triton.cells import CELLS
-from novolstm_triton.functional import lstm, novolstm
-
-INPUTS = ("x", "h_0", "c_0", "weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias")
-RESULTS = ("y", "h_n", "c_n", *(f"grad {name}" for name in INPUTS))
+from novolstm_triton.cells import CELLS, VARIANTS
+from novolstm_triton.functional import lstm, novolstm, recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Problem:
         return float(self.hidden) if self.cell.startswith("formula") else 1.0
 
     def draw(self) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-        """Return the inputs in float64 (eight, or nine with a projection), the lengths, gradients of y, h_n and c_n.
+        """Return the inputs in float64, the lengths, and gradients of the outputs.
 
         All but x and the lengths have a leading dimension of two if the problem is bidirectional.
         """
@@ -60,34 +57,51 @@ class Problem:
             return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
 
         hidden, cell, seen = self.hidden, CELLS[self.cell], self.projection or self.hidden
-        gates, norms = len(cell.gates) * hidden, len(cell.normalised) * hidden
         both = (2,) if self.bidirectional else ()
+        units = {"h": seen, "c": hidden}
+        shapes = cell.shapes(self.inputs_size, hidden, projected=self.projection)
         inputs = [
             normal(self.steps, self.batch, self.inputs_size),
-            normal(*both, self.batch, seen),
-            normal(*both, self.batch, hidden),
-            normal(*both, gates, self.inputs_size, scale=self.inputs_size**-0.5),
-            normal(*both, cell.recurrent * hidden, seen, scale=hidden**-0.5),
-            normal(*both, gates, scale=0.5),
-            1 + normal(*both, norms, scale=0.3),
-            normal(*both, norms, scale=0.3),
+            *(normal(*both, self.batch, units[state]) for state in cell.states),
+            normal(*both, *shapes["weight_ih"], scale=self.inputs_size**-0.5),
+            normal(*both, *shapes["weight_hh"], scale=hidden**-0.5),
+            normal(*both, len(cell.blocks) * hidden, scale=0.5),
         ]
+        for vector in cell.vectors:
+            inputs.append((vector.initial or 0) + normal(*both, *shapes[vector.name], scale=0.3))
         grads = [
             normal(self.steps, self.batch, math.prod(both) * seen),
-            normal(*both, self.batch, seen),
-            normal(*both, self.batch, hidden),
+            *(normal(*both, self.batch, units[state]) for state in cell.states),
         ]
         lengths = torch.randint(0, self.steps + 1, (self.batch,), generator=generator) if self.lengths else None
         if self.projection:
             inputs.append(normal(*both, seen, hidden, scale=hidden**-0.5))
         return inputs, lengths, grads
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs that `draw` returns."""
+        cell = CELLS[self.cell]
+        states, vectors = (f"{state}_0" for state in cell.states), (vector.name for vector in cell.vectors)
+        projection = ("weight_hr",) if self.projection else ()
+        return ("x", *states, "weight_ih", "weight_hh", "bias", *vectors, *projection)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of what `call` returns."""
+        return ("y", *(f"{state}_n" for state in CELLS[self.cell].states))
+
+    @property
+    def result_names(self) -> tuple[str, ...]:
+        """The names of what `run` returns, in its order."""
+        return (*self.output_names, *(f"grad {name}" for name in self.input_names))
+
     def options(self) -> dict[str, Any]:
         """Return the call's options except the lengths and the backend; masks are drawn from the seed."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {}
-        if self.cell != "lstm":
+        if self.cell.startswith(VARIANTS):
             variant, _, every = self.cell.partition("_")
             options |= dict(variant=variant, layer_norm=every or "input_gate", gate_gain=self.gate_gain)
         if not self.bidirectional:
@@ -99,22 +113,29 @@ class Problem:
             shape = (self.steps, self.batch, directions * self.hidden)
             options["zoneout_mask"] = torch.randint(0, 4, shape, generator=generator, dtype=torch.uint8)
         elif self.zoneout == "average":
-            options["zoneout"] = (0.25, 0.125)
+            options["zoneout"] = (0.25, 0.125)[: len(CELLS[self.cell].states)]
         return options
 
     def call(
         self, inputs: Sequence[Tensor], lengths: Tensor | None, backend: str, **changes: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, h_n and c_n of inputs like those of `draw`, in any dtype; `changes` replace what `options` says."""
+    ) -> tuple[Tensor, ...]:
+        """Return y and the states of inputs like those of `draw`, in any dtype; `changes` replace some of `options`."""
         options, device = self.options() | changes, inputs[0].device
         for name, dtype in (("h_mask", inputs[0].dtype), ("zoneout_mask", torch.uint8)):
             if options.get(name) is not None:
                 options[name] = options[name].to(device, dtype)
         if self.projection:
             *inputs, options["weight_hr"] = inputs
+        options |= dict(lengths=lengths, backend=backend)
         if self.cell == "lstm":
-            return lstm(*inputs[:6], lengths=lengths, backend=backend, **options)
-        return novolstm(*inputs, lengths=lengths, backend=backend, **options)
+            return lstm(*inputs, **options)
+        if self.cell.startswith(VARIANTS):
+            return novolstm(*inputs, **options)
+        cell = CELLS[self.cell]
+        count = 1 + len(cell.states)
+        weight_ih, weight_hh, bias, *vectors = inputs[count:]
+        y, states = recurrence(cell, inputs[0], inputs[1:count], weight_ih, weight_hh, bias, vectors, **options)
+        return y, *states
 
     def run(self, backend: str, dtype: torch.dtype, rounded: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return y, h_n, c_n and every gradient, computed in `dtype` from inputs that were rounded to `rounded`."""
@@ -123,12 +144,10 @@ class Problem:
         inputs = [a.to(self.device, rounded).to(dtype).requires_grad_() for a in inputs]
         lengths = None if lengths is None else lengths.to(self.device)
         outputs = self.call(inputs, lengths, backend)
-        # γ and β of a cell without normalisation are empty.
-        named = {name: a for name, a in zip((*INPUTS, "weight_hr"), inputs, strict=False) if a.numel()}
         outgoing = [g.to(self.device, rounded).to(dtype) for g in grads]
-        gradients = torch.autograd.grad(outputs, list(named.values()), outgoing)
-        results = dict(zip(RESULTS[:3], (o.detach() for o in outputs), strict=True))
-        return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
+        gradients = torch.autograd.grad(outputs, inputs, outgoing)
+        results = dict(zip(self.output_names, (o.detach() for o in outputs), strict=True))
+        return results | {f"grad {name}": g for name, g in zip(self.input_names, gradients, strict=True)}
 
 
 def errors(result: dict[str, Tensor], truth: dict[str, Tensor], least: float = 1e-6) -> dict[str, tuple[float, float]]:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
-from novolstm_triton import reference
+from novolstm_triton.call import Call, Options
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense, check_finite
-from novolstm_triton.functional import BACKENDS, autocast_is_on, lstm, novolstm
+from novolstm_triton.engines import reference
+from novolstm_triton.functional import BACKENDS, lstm, novolstm
+from novolstm_triton.validation import autocast_is_on
 
 State = tuple[Tensor, Tensor]
 """(h, c)."""
@@ -147,33 +149,15 @@ class NovoLSTMFunction(Recurrent):
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
         if h is None or c is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
-        weights = with_one_bias(weights)
-        if weights["bias"] is None:
-            weights["bias"] = x.new_zeros(())
-        cell = novolstm_cell(self.variant, self.layer_norm)
-        return reference.step(x, h, c, **weights, eps=self.ln_eps, gate_gain=self._gain(), cell=cell)
+        own = with_one_bias(weights)
+        bias = x.new_zeros(own["weight_ih"].shape[0]) if own["bias"] is None else own["bias"]
+        cell, options = CELLS[novolstm_cell(self.variant, self.layer_norm)], Options(self.ln_eps, self._gain())
+        vectors = torch.cat((own["ln_weight"], own["ln_bias"]))
+        call = Call(cell, x, h, c, own["weight_ih"], own["weight_hh"], bias, vectors, options)
+        return reference.step(x, h, c, reference.weights_of(call), cell, self.ln_eps)
 
     def _gain(self) -> float:
         return float(self.hidden_size if self.gate_gain == "hidden" else self.gate_gain)
-
-
-def parameter_shapes(
-    cell: str, features: int, hidden: int, bias: bool, proj_size: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a cell's parameters by their names without suffix, in the order of their registration."""
-    blocks = CELLS[cell]
-    gates, recurrent, norms = (n * hidden for n in (len(blocks.gates), blocks.recurrent, len(blocks.normalised)))
-    shapes: dict[str, tuple[int, ...]] = {
-        "weight_ih": (gates, features),
-        "weight_hh": (recurrent, proj_size or hidden),
-    }
-    if bias:
-        shapes |= {"bias_ih": (gates,), "bias_hh": (recurrent,)}
-    if proj_size:
-        shapes |= {"weight_hr": (proj_size, hidden)}
-    if norms:
-        shapes |= {"ln_weight": (norms,), "ln_bias": (norms,)}
-    return shapes
 
 
 def layer_weights(module: Recurrent, suffix: str) -> dict[str, Tensor]:

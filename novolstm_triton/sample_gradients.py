@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.functional import check_lengths
 from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
 from novolstm_triton.recurrent import Recurrent, State, layer_weights
 from novolstm_triton.single_step import LSTMCell, NovoLSTMCell, SingleCell
+from novolstm_triton.validation import check_lengths
 
 
 def per_sample(model: nn.Module) -> nn.Module:

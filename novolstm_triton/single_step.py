@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from novolstm_triton.cells import novolstm_cell
+from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.checks import check_dense
 from novolstm_triton.functional import takes_plain_steps
 from novolstm_triton.recurrent import (
@@ -22,7 +22,6 @@ from novolstm_triton.recurrent import (
     check_sizes,
     check_state_ranks,
     layer_weights,
-    parameter_shapes,
     same_dtype,
     scalar_type,
 )
@@ -42,7 +41,7 @@ class SingleCell(Recurrent):
         backend: str,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, backend)
-        shapes = parameter_shapes(cell, input_size, hidden_size, bias=True)
+        shapes = CELLS[cell].shapes(input_size, hidden_size)
         self._parameter_names = tuple(shapes)
         for name, shape in shapes.items():
             # A cell without biases has the attributes nevertheless, as None.

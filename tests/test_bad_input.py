@@ -18,21 +18,21 @@ from novolstm_triton import (
     LSTMCell,
     NovoLSTM,
     NovoLSTMCell,
-    bptt,
+    cells,
     convert_model,
     detach_state,
-    launch,
     plan,
-    reference,
     use_backend,
 )
 from novolstm_triton.app import bytemodel
+from novolstm_triton.call import TENSORS, Call, Options
+from novolstm_triton.engines import bptt, launch, recompute, reference
 from novolstm_triton.functional import lstm, novolstm
 from novolstm_triton.plans import tuned
 from novolstm_triton.testing import cooperative
 
 from .support.layers import B, H, I, T, both
-from .support.problems import INPUTS, Problem
+from .support.problems import Problem
 
 NAN = math.nan
 HUGE = 10**400
@@ -46,7 +46,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("a backend was called")
 
     monkeypatch.setattr(reference, "layer", run)
-    for module in (bptt, launch):
+    for module in (bptt, recompute, launch):
         monkeypatch.setattr(module, "forward", run)
 
 
@@ -66,8 +66,9 @@ def unusual(kind: str, *sizes: int) -> Tensor:
 
 
 def arguments(cell: str = "formula", **sizes: int) -> dict[str, Any]:
-    inputs, _, _ = Problem(steps=T, batch=B, hidden=H, inputs_size=I, cell=cell, **sizes).draw()
-    return {name: a.float() for name, a in zip((*INPUTS, "weight_hr"), inputs, strict=False)}
+    problem = Problem(steps=T, batch=B, hidden=H, inputs_size=I, cell=cell, **sizes)
+    inputs, _, _ = problem.draw()
+    return {name: a.float() for name, a in zip(problem.input_names, inputs, strict=True)}
 
 
 def assert_refused(call, error: type[Exception], words: str, *tensors: Any) -> None:
@@ -231,7 +232,7 @@ def test_novolstm(changes, error, words, backend):
     [
         name
         for name, (changes, _, words) in FUNCTION.items()
-        if changes.keys() <= set(INPUTS[:6]) | {"lengths", "reverse", "zoneout"}
+        if changes.keys() <= set(TENSORS[:-1]) | {"lengths", "reverse", "zoneout"}
         # The plain LSTM has other numbers of rows.
         and not re.search(r"\[\d{2}, ", words)
     ],
@@ -245,7 +246,7 @@ def test_lstm_has_the_same_errors(name):
 def test_weights_of_the_other_cell():
     given = list(arguments().values())[:6]
     assert_refused(lambda: lstm(*given), ValueError, "weight_hh: expected shape [24, 6], got [30, 6]", *given)
-    given = list(arguments("lstm").values())
+    given = [*arguments("lstm").values(), torch.ones(H), torch.zeros(H)]
     assert_refused(lambda: novolstm(*given), ValueError, "weight_hh: expected shape [30, 6], got [24, 6]", *given)
 
 
@@ -609,14 +610,12 @@ def test_call_with_such_sizes_ends_before_anything_is_allocated(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(launch, "_launch", None)
     hidden = 46341
-    sizes = ((1, 1, 1), (1, hidden), (1, hidden), (4 * hidden, 1), (4 * hidden, hidden), (4 * hidden,), (0,), (0,))
-    inputs: list[Any] = [zeros(*size, device="meta") for size in sizes]
-    inputs += [None] * 3
-    options: dict[str, Any] = dict(eps=0.0, gate_gain=1.0, zoneout_h=0.0, zoneout_c=0.0)
-    options |= dict(cell="lstm", reverse=False, chunk=1)
+    sizes = ((1, 1, 1), (1, hidden), (1, hidden), (4 * hidden, 1), (4 * hidden, hidden), (4 * hidden,))
+    x, h_0, c_0, weight_ih, weight_hh, bias = (zeros(*size, device="meta") for size in sizes)
+    call = Call(cells.CELLS["lstm"], x, h_0, c_0, weight_ih, weight_hh, bias, zeros(0, device="meta"), Options(eps=0.0))
     monkeypatch.setattr(torch, "empty", lambda *size, **_: pytest.fail(f"{size} are allocated"))
     with pytest.raises(ValueError, match="H·H, a recurrent weight"):
-        launch.forward(*inputs, **options)
+        launch.forward(call, 1)
 
 
 def test_more_batch_tiles_than_a_grid_takes_run_in_successive_launches():

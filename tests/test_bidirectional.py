@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from novolstm_triton import NovoLSTM, launch, plan
+from novolstm_triton import NovoLSTM, plan
+from novolstm_triton.engines import launch
 from novolstm_triton.functional import novolstm
 from novolstm_triton.testing import cooperative
 

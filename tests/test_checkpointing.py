@@ -11,7 +11,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from novolstm_triton import bptt
+from novolstm_triton.engines import bptt
 
 from .support.layers import REGULARISED, both, layer, sequence, states
 from .support.twins import running_on

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-from novolstm_triton import bptt, functional, plan
+from novolstm_triton import plan
 from novolstm_triton.app import environment
 from novolstm_triton.app.cli import main
 from novolstm_triton.cells import CELLS
+from novolstm_triton.engines import bptt, choice
 from novolstm_triton.plans import tuned
 from novolstm_triton.plans.tuned import Entry, Key
-from novolstm_triton.problems import RESULTS
+from novolstm_triton.problems import Problem
 from novolstm_triton.testing import cooperative
 
 SMALL = ["doctor", "--hidden", "20", "--batch", "3", "--steps", "9", "--dtype", "fp32"]
@@ -45,7 +46,11 @@ def doctor(capsys):
 def errors_of(text):
     """Return the table of the self-check."""
     rows = [line.split() for line in text.splitlines()]
-    return {" ".join(row[:-2]): (float(row[-2]), float(row[-1])) for row in rows if " ".join(row[:-2]) in RESULTS}
+    return {
+        " ".join(row[:-2]): (float(row[-2]), float(row[-1]))
+        for row in rows
+        if " ".join(row[:-2]) in Problem(1, 1, 1).result_names
+    }
 
 
 def test_cpu_is_checked(doctor):
@@ -57,7 +62,7 @@ def test_cpu_is_checked(doctor):
     for version in environment.versions().values():
         assert version in text
     table = errors_of(text)
-    assert list(table) == list(RESULTS)
+    assert list(table) == list(Problem(1, 1, 1).result_names)
     assert all(error <= bound for error, bound in table.values())
     assert "3 of 3" in text
     for case in ("H37-formula-lengths", "H37-notebook-lengths-reverse", "B3-H20-formula"):
@@ -76,14 +81,14 @@ def test_every_cell_is_well(cell, doctor):
     code, text = doctor(*SMALL, "--cell", cell)
     assert code == 0, text
     assert f"B3-H20-{cell}\n" in text
-    assert list(errors_of(text)) == list(RESULTS)
+    assert list(errors_of(text)) == list(Problem(1, 1, 1).result_names)
     assert f" {9 * 3 * len(CELLS[cell].gates) * 20 * 4:,} bytes for a chunk's pre-activations" in text
 
 
 @pytest.mark.parametrize("wrong", [1.01, math.nan], ids=["off", "nan"])
 def test_wrong_result_is_noticed(wrong, doctor, monkeypatch):
     def backward(*arguments, **options):
-        return tuple(g if k != 3 or g is None else g * wrong for k, g in enumerate(right(*arguments, **options)))
+        return list(g if k != 3 or g is None else g * wrong for k, g in enumerate(right(*arguments, **options)))
 
     right = bptt.backward
     monkeypatch.setattr(bptt, "backward", backward)
@@ -128,8 +133,8 @@ def test_backend_that_cannot_run_is_a_problem(doctor, monkeypatch):
 
 def test_missing_triton_is_a_problem(doctor, monkeypatch):
     monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
-    monkeypatch.delitem(sys.modules, "novolstm_triton.launch", raising=False)
-    monkeypatch.delattr("novolstm_triton.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "novolstm_triton.engines.launch", raising=False)
+    monkeypatch.delattr("novolstm_triton.engines.launch", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     code, text = doctor(*SMALL)
     assert code == 1
@@ -145,7 +150,7 @@ def test_unknown_backend_is_a_problem(doctor, monkeypatch):
 
 
 def test_backend_of_a_block_is_told(capsys):
-    with functional.use_backend("reference"):
+    with choice.use_backend("reference"):
         assert main(SMALL) == 0
     text = capsys.readouterr().out
     assert '"auto" is          reference: use_backend says so' in text

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from novolstm_triton import launch, plan, use_backend
+from novolstm_triton import plan, use_backend
+from novolstm_triton.engines import launch
 from novolstm_triton.functional import novolstm, resolve_backend
 from novolstm_triton.testing import cooperative
 

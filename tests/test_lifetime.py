@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from novolstm_triton import LSTMCell, NovoLSTMCell, launch, plan, use_backend
+from novolstm_triton import LSTMCell, NovoLSTMCell, plan, use_backend
+from novolstm_triton.engines import launch
 from novolstm_triton.testing import cooperative
 
 from .support.interpreted import ROOMY
@@ -294,7 +295,7 @@ results = receiver.recv()
 process.join()
 assert process.exitcode == 0
 print(results == gradients())
-print(torch.cuda.is_initialized() or "novolstm_triton.launch" in sys.modules)
+print(torch.cuda.is_initialized() or "novolstm_triton.engines.launch" in sys.modules)
 """
 
 

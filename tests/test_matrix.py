@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from novolstm_triton import NovoLSTM, reference
+from novolstm_triton import NovoLSTM
 from novolstm_triton.cells import CELLS, VARIANTS
+from novolstm_triton.engines import reference
 from novolstm_triton.recurrent import State
 
 from .support.selection import covering
@@ -143,14 +144,18 @@ class RowByRow(Called):
     def row(self, x: Tensor, h: Tensor, c: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return y [T, P], h and c of a row's own steps [t, I]."""
         w = {name.removesuffix(suffix): p for name, p in self.layer.named_parameters() if name.endswith(suffix)}
-        bias, recurrent, none = w.pop("bias_ih"), w.pop("bias_hh"), x.new_empty(0)
+        bias, recurrent = w.pop("bias_ih"), w.pop("bias_hh")
         # The notebook's p has no recurrent part, which comes last.
-        w["bias"] = torch.cat((bias[: len(recurrent)] + recurrent, bias[len(recurrent) :]))
-        w = dict(ln_weight=none, ln_bias=none) | w
-        options = dict(eps=getattr(self.layer, "ln_eps", 0.0), gate_gain=self.case.gate_gain, cell=self.case.cell)
+        bias = torch.cat((bias[: len(recurrent)] + recurrent, bias[len(recurrent) :]))
+        cell, hidden = CELLS[self.case.cell], c.shape[1]
+        vectors = [block for vector in cell.vectors for block in w[vector.name].split(hidden)]
+        for block in cell.gained:
+            vectors[block] = vectors[block] * self.case.gate_gain
+        weights = reference.Weights(w["weight_ih"], w["weight_hh"], bias, tuple(vectors), w.get("weight_hr"))
+        eps = getattr(self.layer, "ln_eps", 0.0)
         y = [torch.zeros_like(h)] * T
         for t in range(len(x))[:: -1 if "reverse" in suffix else 1]:
-            h, c = reference.step(x[t : t + 1], h, c, **w, **options)
+            h, c = reference.step(x[t : t + 1], h, c, weights, cell, eps)
             y[t] = h
         return torch.cat(y), h, c
 

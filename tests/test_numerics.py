@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from novolstm_triton import plan
-from novolstm_triton.problems import INPUTS, RESULTS, Problem, errors, excess
+from novolstm_triton.problems import Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
 from .support.interpreted import ROOMY
@@ -93,12 +93,11 @@ def test_float64_is_exact_enough(name, cell):
     generator = torch.Generator().manual_seed(3)
     with mpmath.workdps(100):
         exact = Exact(problem)
-        for array, values in zip(RESULTS, exact.outputs(exact.inputs), strict=False):
+        for array, values in zip(problem.output_names, exact.outputs(exact.inputs), strict=False):
             got = truth[array].flatten().tolist()
             assert max(abs(a - b) for a, b in zip(got, flat(values), strict=True)) <= 1e-11 * max(map(abs, got))
-        for array in INPUTS:
-            if (gradient := truth.get(f"grad {array}")) is None:
-                continue
+        for array in problem.input_names:
+            gradient = truth[f"grad {array}"]
             signs = torch.randint(0, 2, gradient.shape, generator=generator) * 2.0 - 1
             scale = max(gradient.abs().sum().item(), 1.0 if f"grad {array}" in CASES[name].zero else 1e-37)
             assert abs(exact.slope(array, signs) - (gradient * signs).sum().item()) <= 1e-11 * scale
@@ -142,7 +141,7 @@ def run(problem: Problem, where: str, bad: dict, lengths: bool) -> dict[str, tor
     """Run a problem in fp32 with `bad` numbers at indices of its inputs; return results and gradients."""
     backend, exchange = PLACES[where]
     inputs, drawn, grads = problem.draw()
-    arguments = dict(zip(INPUTS, (a.float() for a in inputs), strict=True))
+    arguments = dict(zip(problem.input_names, (a.float() for a in inputs), strict=True))
     for name, (index, value) in bad.items():
         arguments[name][index] = value
     given = [a.requires_grad_() for a in arguments.values()]
@@ -150,7 +149,7 @@ def run(problem: Problem, where: str, bad: dict, lengths: bool) -> dict[str, tor
         outputs = problem.call(given, drawn if lengths else None, backend)
         named = {name: a for name, a in arguments.items() if a.numel()}
         gradients = torch.autograd.grad(outputs, list(named.values()), [g.float() for g in grads])
-    results = dict(zip(RESULTS[:3], (o.detach() for o in outputs), strict=True))
+    results = dict(zip(problem.output_names, (o.detach() for o in outputs), strict=True))
     return results | {f"grad {name}": g for name, g in zip(named, gradients, strict=True)}
 
 

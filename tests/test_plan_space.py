@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from novolstm_triton import launch, plan
+from novolstm_triton import plan
+from novolstm_triton.engines import launch
 from novolstm_triton.testing import cooperative
 
 from .support.interpreted import ROOMY

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, detach_state, reference
-from novolstm_triton.cells import LAYER_NORMS, VARIANTS, novolstm_cell
+from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, detach_state
+from novolstm_triton.cells import CELLS, LAYER_NORMS, VARIANTS, novolstm_cell
+from novolstm_triton.engines import reference
 
 from .support.ordered import ordered
 from .support.twins import BACKENDS, assert_close, copied, differentiate, running_on
@@ -161,8 +162,11 @@ def test_novolstm_cell_is_a_step_of_the_reference(options, bias):
         if bias:
             missing = 5 * H - len(cell.bias_hh)
             total = cell.bias_ih + nn.functional.pad(cell.bias_hh, (0, missing))
-        weights = (cell.weight_ih, cell.weight_hh, total, cell.ln_weight, cell.ln_bias)
-        h, c = reference.step(x, state[0], state[1], *weights, eps=0.01, gate_gain=2.5, cell=novolstm_cell(**options))
+        equations, vectors = CELLS[novolstm_cell(**options)], [*cell.ln_weight.split(H), *cell.ln_bias.split(H)]
+        for block in equations.gained:
+            vectors[block] = 2.5 * vectors[block]
+        weights = reference.Weights(cell.weight_ih, cell.weight_hh, total, tuple(vectors))
+        h, c = reference.step(x, state[0], state[1], weights, equations, 0.01)
         return h, (h, c)
 
     x, state = normal(B, I).requires_grad_(), (normal(B, H, seed=2), normal(B, H, seed=3))

@@ -6,8 +6,9 @@ from unittest import mock
 import pytest
 import torch
 
-from novolstm_triton import launch, plan
-from novolstm_triton.streams import one_ahead
+from novolstm_triton import plan
+from novolstm_triton.engines import launch
+from novolstm_triton.engines.streams import one_ahead
 from novolstm_triton.testing import cooperative
 
 from .support.problems import Problem, assert_as_exact_as_eager

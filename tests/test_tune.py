@@ -7,11 +7,12 @@ import textwrap
 import pytest
 import torch
 
-from novolstm_triton import launch, plan
+from novolstm_triton import plan
 from novolstm_triton.app import measure, tune
 from novolstm_triton.app.cli import main
 from novolstm_triton.app.isolated import CallError, Isolated
 from novolstm_triton.app.text import UsageError
+from novolstm_triton.engines import launch
 from novolstm_triton.plans import tuned
 from novolstm_triton.plans.tuned import Key
 from novolstm_triton.problems import excess
@@ -215,8 +216,8 @@ def test_measured_plan_is_the_one_that_runs(direction):
 
 
 def test_wrong_kernel_fails_its_check(monkeypatch):
-    affine = launch._affine
-    monkeypatch.setattr(launch, "_affine", lambda *arguments: 1.1 * affine(*arguments))
+    vectors = launch.vectors_with_gain
+    monkeypatch.setattr(launch, "vectors_with_gain", lambda *arguments: 1.1 * vectors(*arguments))
     device = measure.describe_device("cpu")
     checked = measure.check_plan(dataclasses.asdict(Key(4, 2, "fp32", "formula", "forward")), {}, device, "cpu")
     assert excess(*checked["y"]) > 1

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from novolstm_triton import launch, plan
+from novolstm_triton import plan
+from novolstm_triton.engines import launch
 from novolstm_triton.plans import Pins, tuned
 from novolstm_triton.plans.tuned import Entry, Key, PlanFile, TunedPlans
 from novolstm_triton.testing import cooperative

@@ -35,7 +35,7 @@ def _load(name: str, path: pathlib.Path) -> types.ModuleType:
 
 novolstm_triton = _load("novolstm_triton", ROOT / "novolstm_triton")
 _load("novolstm_triton.kernels", ROOT / "kernels")
-launch = importlib.import_module("novolstm_triton.launch")
+launch = importlib.import_module("novolstm_triton.engines.launch")
 problems = importlib.import_module("novolstm_triton.problems")
 # These import the library.
 layers = importlib.import_module("layers")

@@ -13,8 +13,9 @@ from novolstm_triton import plans, problems
 from novolstm_triton.app import environment, measure
 from novolstm_triton.app.isolated import CallError, Isolated
 from novolstm_triton.app.text import UsageError
+from novolstm_triton.call import state_dtype
 from novolstm_triton.cells import CELLS
-from novolstm_triton.functional import check_triton, explain_backend, state_dtype
+from novolstm_triton.engines.choice import check_triton, explain_backend
 from novolstm_triton.plans import DEVICES, Device, KernelPlan, tuned
 from novolstm_triton.problems import Problem, excess
 
@@ -208,7 +209,7 @@ class _Report:
         else:
             self._part("Plan")
             buffer_dtype = state_dtype(self._dtype)
-        gates = len(CELLS[shape.cell].gates)
+        gates = len(CELLS[shape.cell].blocks)
         chunk = min(shape.steps, plans.chunk_steps(shape.batch, shape.hidden, gates, itemsize, backend))
         gates_bytes = chunk * shape.batch * gates * shape.hidden * buffer_dtype.itemsize
         self._line("chunks", f"{-(-shape.steps // chunk)}, of {chunk} steps at most")

@@ -24,7 +24,7 @@ _MIN_CALLS, _MAX_CALLS = 5, 100
 def describe_device(where: str) -> dict[str, Any]:
     """Return the fields of `plan.Device` of a PyTorch device; "cpu" is Triton's interpreter."""
     # It imports triton.
-    from novolstm_triton import launch
+    from novolstm_triton.engines import launch
 
     # Of a tensor: its device has the number that "cuda" lacks.
     return dataclasses.asdict(launch._device(torch.empty(0, device=where).device))

@@ -223,8 +223,10 @@ def _candidate(
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better.
     thrifty = resident if backward else not resident or (local and num_warps >= 8)
-    exchanges = 2 if cell.normalised else 1
-    if pins.exchanges and backward and slices > 1 and cell.normalised:
+    kernels = cell.load_kernels()
+    has_sums = bool(kernels.grad_rows if backward else kernels.partial_rows)
+    exchanges = 2 if has_sums else 1
+    if pins.exchanges and backward and slices > 1 and has_sums:
         exchanges = pins.exchanges
 
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.

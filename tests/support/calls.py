@@ -16,7 +16,7 @@ from novolstm_triton.cells import CELLS
 from novolstm_triton.testing import cooperative
 
 from .interpreted import ROOMY, SELF_VALIDATING
-from .problems import INPUTS, RESULTS, Problem
+from .problems import Problem
 
 EXACT = (torch.float32, torch.float64)
 ALL = (*EXACT, torch.bfloat16, torch.float16)
@@ -54,7 +54,7 @@ class Drawn(Problem):
 
 def tensors_of(problem: Problem) -> tuple[str, ...]:
     """Return the names of a problem's inputs, in the order in which it draws them."""
-    return (*INPUTS, "weight_hr") if problem.projection else INPUTS
+    return problem.input_names
 
 
 @dataclasses.dataclass
@@ -127,7 +127,7 @@ class Call:
         named = zip(tensors_of(self.problem), self.problem.lay([a.to(self.dtype) for a in inputs]), strict=True)
         return Given(dict(named), lengths, masks, [g.to(self.dtype) for g in grads])
 
-    def outputs(self, given: Given, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def outputs(self, given: Given, **changes: Any) -> tuple[Tensor, ...]:
         """Return y, h_n and c_n; `changes` are those of `Problem.call`. Must be called within `running`."""
         inputs = [given.inputs[name] for name in tensors_of(self.problem)]
         return self.problem.call(inputs, given.lengths, self.backend, **(given.masks | changes))
@@ -139,7 +139,7 @@ class Call:
         with self.running():
             outputs = self.outputs(dataclasses.replace(given, inputs=leaves), **changes)
             gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], given.grads)
-        results = dict(zip(RESULTS[:3], (o.detach() for o in outputs), strict=True))
+        results = dict(zip(self.problem.output_names, (o.detach() for o in outputs), strict=True))
         return results | {f"grad {name}": g for name, g in zip(wanted, gradients, strict=True)}
 
 
@@ -171,7 +171,7 @@ def problems(
     batch = draw(rows | st.just(17) if interpreted and two_tiles and steps < 3 else rows)
     cell = draw(st.sampled_from(list(CELLS)))
     # Over fewer units a normalisation makes of rounding errors hundreds of times as much.
-    hidden = draw(st.integers(4 if CELLS[cell].normalised else 1, 9))
+    hidden = draw(st.integers(4 if CELLS[cell].vectors else 1, 9))
     direction = draw(st.sampled_from(("ahead", "reverse") if one_way else ("ahead", "reverse", "both")))
     projection = draw(st.integers(0, hidden - 1)) if projected and draw(st.integers(0, 3)) == 0 else 0
     regularised = not projection

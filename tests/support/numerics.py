@@ -11,7 +11,7 @@ from torch import Tensor
 
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
-from novolstm_triton.problems import FLOORS, INPUTS, Problem, errors, excess
+from novolstm_triton.problems import FLOORS, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
 from .interpreted import ROOMY
@@ -30,7 +30,7 @@ class Operands:
     """A problem's inputs and outgoing gradients by their names, to be changed in place, in float64."""
 
     def __init__(self, problem: "Extreme", inputs: list[Tensor], grads: list[Tensor]) -> None:
-        self.all = dict(zip((*INPUTS, *GRADS), (*inputs, *grads), strict=True))
+        self.all = dict(zip((*problem.input_names, *GRADS), (*inputs, *grads), strict=True))
         self.dtype, self.hidden = problem.dtype, problem.hidden
         self._gates = CELLS[problem.cell].gates
         self._generator = torch.Generator().manual_seed(17)
@@ -60,7 +60,7 @@ class Operands:
         """Put the units of everything that has units into another order."""
         for name in ("h_0", "c_0", "weight_hh", *GRADS):
             self.all[name] = self.all[name][..., order]
-        for name in ("weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias"):
+        for name in self.all.keys() & {"weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias"}:
             self.all[name] = self.all[name].unflatten(0, (-1, self.hidden))[:, order].flatten(0, 1)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -209,7 +209,7 @@ class Extreme(Problem):
         self.change(operands)
         if self.order:
             operands.reorder(torch.randperm(self.hidden, generator=torch.Generator().manual_seed(self.order)))
-        return [operands[name] for name in INPUTS], lengths, [operands[name] for name in GRADS]
+        return [operands[name] for name in self.input_names], lengths, [operands[name] for name in GRADS]
 
 
 _ALL_CELLS = tuple(CELLS)
@@ -326,7 +326,7 @@ class Exact:
         self.cell, self.hidden, self.gain = problem.cell, problem.hidden, mpmath.mpf(problem.gate_gain)
         self.blocks = CELLS[problem.cell]
         inputs, _, grads = problem.draw()
-        self.inputs = {name: self._exact(a.float()) for name, a in zip(INPUTS, inputs, strict=True)}
+        self.inputs = {name: self._exact(a.float()) for name, a in zip(problem.input_names, inputs, strict=True)}
         self.grads = [self._exact(g.float()) for g in grads]
 
     @staticmethod
@@ -354,7 +354,7 @@ class Exact:
             if k < recurrent:
                 z[k] += mpmath.fdot(h, inputs["weight_hh"][k])
         gates = dict(zip(self.blocks.gates, (z[k : k + hidden] for k in range(0, len(z), hidden)), strict=True))
-        if self.blocks.gate_norms:
+        if self.blocks.vector_blocks > 2:
             gates |= {gate: self._norm(gate, gates[gate], inputs) for gate in "fgo"}
         i = [1 / (1 + mpmath.exp(-v)) for v in gates["i"]]
         if self.cell != "lstm":
@@ -374,7 +374,7 @@ class Exact:
 
     def _norm(self, gate: str, a: list, inputs: dict[str, list]) -> list:
         """Return the layer normalisation of a gate."""
-        first, hidden = self.blocks.normalised.index(gate) * self.hidden, self.hidden
+        first, hidden = self.blocks.vectors[0].blocks.index(gate) * self.hidden, self.hidden
         mean = sum(a) / hidden
         rstd = 1 / mpmath.sqrt(sum((v - mean) ** 2 for v in a) / hidden + mpmath.mpf(self.blocks.eps))
         weights, biases = (inputs[name][first : first + hidden] for name in ("ln_weight", "ln_bias"))

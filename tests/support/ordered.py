@@ -14,7 +14,7 @@ from unittest import mock
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novolstm_triton import bptt, launch
+from novolstm_triton.engines import bptt, launch, recompute
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def ordered() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         # A mode is off inside the operators that it sees: their implementations enter it again.
-        for module in (bptt, launch):
+        for module in (bptt, recompute, launch):
             for name in ("forward", "backward"):
                 stack.enter_context(mock.patch.object(module, name, entered(getattr(module, name))))
         stack.enter_context(_Ordered())

@@ -21,8 +21,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from novolstm_triton import plan
+from novolstm_triton.cells import CELLS
 from novolstm_triton.kernels import backward, forward
-from novolstm_triton.launch import KERNELS
 from novolstm_triton.plans import Device, KernelPlan, Pins
 from novolstm_triton.testing import cooperative
 from novolstm_triton.testing.happens_before import Memory
@@ -61,7 +61,8 @@ class Protocol(NamedTuple):
 
 def protocol_of(cell: str, is_backward: bool, kernel_plan: KernelPlan) -> Protocol:
     """Return a plan's protocol."""
-    rows = KERNELS[cell].grad_rows if is_backward else KERNELS[cell].partial_rows
+    kernels = CELLS[cell].load_kernels()
+    rows = kernels.grad_rows if is_backward else kernels.partial_rows
     return Protocol(is_backward, kernel_plan.exchange, kernel_plan.exchanges, rows > 0)
 
 

@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
-from novolstm_triton.problems import FLOORS, INPUTS, RESULTS, Problem, bounds, errors
+from novolstm_triton.problems import FLOORS, Problem, bounds, errors
 
 __all__ = ["FLOORS", "INPUTS", "RESULTS", "Problem", "assert_as_exact_as_eager", "bounds", "errors"]
+
+
+INPUTS = Problem(1, 1, 1).input_names
+"""The names of NovoLSTM's inputs."""
+
+RESULTS = Problem(1, 1, 1).result_names
+"""And of its results."""
 
 
 def assert_as_exact_as_eager(

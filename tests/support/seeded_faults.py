@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 
-from novolstm_triton import functional, launch, plan
+from novolstm_triton import ops, plan
+from novolstm_triton.engines import launch
 from novolstm_triton.kernels import backward, exchange, forward
 from novolstm_triton.testing import GridError, cooperative
 
@@ -51,7 +52,7 @@ def mutated(name: str, text: str) -> Iterator[None]:
         stack.callback(sys.modules.pop, full_name)
         spec.loader.exec_module(module)
         if name == "launch":
-            stack.enter_context(mock.patch.dict(functional._IMPLEMENTATIONS, triton=full_name))
+            stack.enter_context(mock.patch.object(ops, "_implementation", return_value=module))
         for user in USERS[name]:
             for attribute, value in list(vars(user).items()):
                 if value is getattr(original, attribute, None) and hasattr(value, "fn"):

@@ -1,9 +1,9 @@
-"""Backend "triton": allocate, plan and launch the persistent kernels, chunk by chunk. Same signatures as bptt.py."""
+"""Backend "triton": allocate, plan and launch the persistent kernels, chunk by chunk."""
 
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,24 +11,13 @@ import triton
 from torch import Tensor
 
 from novolstm_triton import plans as planning
+from novolstm_triton.call import Call, Result, Saved, multiply_by_gain, vectors_with_gain
 from novolstm_triton.cells import CELLS
+from novolstm_triton.engines.streams import one_ahead
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.cell import CellKernels
 from novolstm_triton.kernels.forward import forward_kernel
-from novolstm_triton.kernels.gate_norms import normalise_gates
-from novolstm_triton.kernels.lstm import LSTM
-from novolstm_triton.kernels.novolstm import FORMULA, NOTEBOOK
 from novolstm_triton.plans import KernelPlan, LaunchPlan, tuned
-from novolstm_triton.streams import one_ahead
-
-KERNELS = {
-    "lstm": LSTM,
-    "formula": FORMULA,
-    "formula_all": normalise_gates(FORMULA),
-    "notebook": NOTEBOOK,
-    "notebook_all": normalise_gates(NOTEBOOK),
-}
-"""The kernels' part of every cell."""
 
 FUSION: dict[str, Any] = dict(enable_fp_fusion=True)
 """Compile option of every kernel: a·b + c is rounded once. Triton 3.9 warns where nothing is said of it."""
@@ -37,44 +26,28 @@ UNROLL = 8
 """Steps whose loads are under way at once when backward walks the cell states again."""
 
 
-def forward(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    lengths: Tensor | None,
-    h_mask: Tensor | None,
-    zoneout_mask: Tensor | None,
-    *,
-    eps: float,
-    gate_gain: float,
-    zoneout_h: float,
-    zoneout_c: float,
-    cell: str,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the layer in one direction or both; see `novolstm_triton.functional.forward_op`."""
-    kernels = KERNELS[cell]
-    walks, state_shape = _walks(x.shape[0], chunk, h_0, reverse), h_0.shape
-    h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias = _with_directions(
-        h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias
-    )
+def forward(call: Call, chunk: int) -> Result:
+    """Run the layer in one direction or both, `chunk` steps at a time; the last chunk may be shorter."""
+    cell, x, eps = call.cell, call.x, call.options.eps
+    kernels = cell.load_kernels()
+    walks = _walks(x.shape[0], chunk, call)
+    h_0, c_0, weight_ih, weight_hh, bias = _with_directions(call)
     (steps, batch, _), (directions, _, hidden) = x.shape, h_0.shape
-    plans = launch_plan(x, hidden, cell, directions)
-    check_offsets(plans, hidden, batch, steps, min(steps, chunk), cell, directions, zoneout_mask is not None)
+    plans = launch_plan(x, hidden, cell.name, directions)
+    check_offsets(plans, hidden, batch, steps, min(steps, chunk), cell.name, directions, call.zoneout_mask is not None)
     kernel_plan = plans.forward
-    walk_options = WalkOptions.of(lengths, h_mask, zoneout_mask, zoneout_h, zoneout_c)
     constants = kernel_constants(
-        forward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
+        forward_kernel,
+        cell.name,
+        hidden,
+        kernel_plan,
+        WalkOptions.of(call),
+        product_precision(x),
+        directions=directions,
     )
-    gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
+    vectors = vectors_with_gain(call, torch.float32)
     weight_hh = weight_hh.contiguous()
-    lengths, h_mask, zoneout_mask = _contiguous(lengths, h_mask, zoneout_mask)
+    lengths, h_mask, zoneout_mask = _contiguous(call.lengths, call.h_mask, call.zoneout_mask)
     state: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
 
     y = x.new_empty(steps, batch, directions * hidden)
@@ -91,11 +64,11 @@ def forward(
             span = walk[number]
             rows = (span.high - span.low) * batch
             x_gates = buffer[d * rows : (d + 1) * rows]
-            torch.addmm(bias[d], x[span.low : span.high].reshape(rows, x.shape[2]), weight_ih[d].t(), out=x_gates)
+            _project(x[span.low : span.high].reshape(rows, x.shape[2]), weight_ih[d], bias[d], x_gates)
             _softmax_gate(x_gates, kernels, hidden)
 
     most_rows = directions * min(steps, chunk) * batch
-    buffers = [x.new_empty(most_rows, len(CELLS[cell].gates) * hidden) for _ in range(2 if _overlaps(x) else 1)]
+    buffers = [x.new_empty(most_rows, len(cell.blocks) * hidden) for _ in range(2 if _overlaps(x) else 1)]
     chunks = enumerate(zip(*walks, strict=True))
     for (number, spans), x_gates in zip(chunks, one_ahead(multiply_inputs, buffers, len(walks[0])), strict=True):
         first, stride, start, count = _first(spans[0])
@@ -108,8 +81,7 @@ def forward(
                 x.device,
                 x_gates,
                 weight_hh,
-                gamma,
-                beta,
+                vectors,
                 lengths,
                 h_mask,
                 zoneout_mask,
@@ -131,165 +103,194 @@ def forward(
                 h_ring.buffer.shape[1],
                 tile,
                 eps,
-                zoneout_h,
-                zoneout_c,
+                call.options.zoneout_h,
+                call.options.zoneout_c,
                 **constants,
             )
         counters.check(number, "forward")
         h_ring.end_chunk(count)
     c_n = c[-1].to(x.dtype, copy=True)
-    return y, h.view(state_shape), c_n.view(state_shape), c.view(-1, *state_shape)
+    return Result(y, h.view_as(call.h_0), c_n.view_as(call.c_0), c.view(-1, *call.c_0.shape))
 
 
-def backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    lengths: Tensor | None,
-    h_mask: Tensor | None,
-    zoneout_mask: Tensor | None,
-    y: Tensor,
-    c_border: Tensor,
-    *,
-    eps: float,
-    gate_gain: float,
-    zoneout_h: float,
-    zoneout_c: float,
-    cell: str,
-    reverse: bool,
-    chunk: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """Run the layer's backward in one direction or both; see `novolstm_triton.functional.backward_op`."""
-    kernels, gates, recurrent = KERNELS[cell], len(CELLS[cell].gates), CELLS[cell].recurrent
-    walks = _walks(x.shape[0], chunk, h_0, reverse)
-    shapes = [a.shape for a in (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)]
-    dh_n, dc_n, h_0, weight_ih, weight_hh, bias, ln_weight, ln_bias = _with_directions(
-        dh_n, dc_n, h_0, weight_ih, weight_hh, bias, ln_weight, ln_bias
-    )
-    (steps, batch, features), (directions, _, hidden) = x.shape, h_0.shape
-    kernel_plan = launch_plan(x, hidden, cell, directions).backward
-    walk_options = WalkOptions.of(lengths, h_mask, zoneout_mask, zoneout_h, zoneout_c)
-    constants = kernel_constants(
-        backward_kernel, cell, hidden, kernel_plan, walk_options, product_precision(x), directions=directions
-    )
-    gamma, beta = _affine(ln_weight, gate_gain, hidden), _affine(ln_bias, gate_gain, hidden)
-    weight_hh = weight_hh.contiguous()
-    lengths, h_mask, zoneout_mask = _contiguous(lengths, h_mask, zoneout_mask)
-    h_factors = None if h_mask is None else h_mask.view_as(h_0)
-    dy = dy.contiguous()
-    needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias, _, _ = needs
-    fp32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
+def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Differentiate `forward`.
 
-    # One chunk's workspace, used again by every chunk; a shorter one takes the first part.
-    most_rows = directions * min(steps, chunk) * batch
-    z_all, dz_all = x.new_empty(most_rows, gates * hidden), x.new_empty(most_rows, gates * hidden)
-    c_all = torch.empty(directions * (min(steps, chunk) + 1), batch, hidden, **fp32)
-    stats_all = torch.empty(kernels.stats * most_rows, **fp32)
-    companions = _Companions(kernels, kernel_plan, x, min(steps, chunk), weight_hh)
-    row_ring = _row_ring(kernel_plan, directions * batch, kernels.grad_rows, x.device)
-    counters = _Counters(kernel_plan, len(walks[0]), x.device)
+    Args:
+        saved: the call, its results y and c_border, and its chunk.
+        grads: dy [T, B, D·H], and dh_n and dc_n like the states.
+        needs: which gradients to compute, in the order of `Call.tensors`.
 
-    dh, dc = dh_n.to(torch.float32, copy=True).contiguous(), dc_n.to(torch.float32, copy=True).contiguous()
-    norms = len(CELLS[cell].normalised)
-    dgamma, dbeta = torch.zeros(norms, *h_0.shape, **fp32), torch.zeros(norms, *h_0.shape, **fp32)
-    # Two directions add to every step.
-    new_dx = x.new_empty if directions == 1 else x.new_zeros
-    dx = new_dx(steps, batch, features) if needs_x else None
-    dweight_ih = torch.zeros(weight_ih.shape, **fp32) if needs_weight_ih else None
-    dweight_hh = torch.zeros(weight_hh.shape, **fp32) if needs_weight_hh else None
-    dbias = torch.zeros(bias.shape, **fp32) if needs_bias else None
-
+    Returns:
+        The gradients of `Call.tensors` in their shapes and dtypes; None for each that `needs` rules out.
+    """
+    call, chunk = saved.call, saved.chunk
+    walks = _walks(call.x.shape[0], chunk, call)
+    walker = _BackwardWalk(saved, grads)
+    sums = _ParameterSums(call, needs)
     for number, spans in reversed(list(enumerate(zip(*walks, strict=True)))):
+        dz, operands = walker.run(number, spans, (len(walks[0]) - 1 - number) * chunk)
+        sums.add(spans, dz, operands)
+    # [V, D, B, H] -> [D, V·H]
+    dvectors = walker.dvectors.sum(2).transpose(0, 1).flatten(1)
+    multiply_by_gain(dvectors, call)
+    gradients = (sums.dx, walker.dh, walker.dc, sums.weight_ih, sums.weight_hh, sums.bias, dvectors)
+    return [
+        None if g is None or not needed else g.to(call.x.dtype).view_as(a)
+        for g, a, needed in zip(gradients, call.tensors, needs, strict=True)
+    ]
+
+
+class _BackwardWalk:
+    """Walks back over chunks: holds dh, dc, the vectors' gradients and one chunk's workspace."""
+
+    def __init__(self, saved: Saved, grads: Sequence[Tensor]) -> None:
+        call = saved.call
+        x, steps, cell = call.x, call.x.shape[0], call.cell
+        self._saved, self._kernels = saved, cell.load_kernels()
+        self._h_0, _, self._weight_ih, weight_hh, self._bias = _with_directions(call)
+        self._weight_hh = weight_hh.contiguous()
+        directions, batch, hidden = self._h_0.shape
+        self._plan = launch_plan(x, hidden, cell.name, directions).backward
+        self._options = WalkOptions.of(call)
+        self._constants = kernel_constants(
+            *(backward_kernel, cell.name, hidden, self._plan, self._options, product_precision(x)),
+            directions=directions,
+        )
+        self._vectors = vectors_with_gain(call, torch.float32)
+        self._lengths, self._h_mask, self._zoneout_mask = _contiguous(call.lengths, call.h_mask, call.zoneout_mask)
+        dy, dh_n, dc_n = grads
+        self._dy = dy.contiguous()
+        fp32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
+        self.dh, self.dc = (g.to(torch.float32, copy=True).contiguous() for g in (dh_n, dc_n))
+        """The shape of the states, gradients of the state between chunks."""
+        self.dvectors = torch.zeros(cell.vector_blocks, directions, batch, hidden, **fp32)
+        """Their share of every row."""
+        # One chunk's workspace, used again by every chunk; a shorter one takes the first part.
+        longest = min(steps, saved.chunk)
+        most_rows = directions * longest * batch
+        self._z, self._dz = (x.new_empty(most_rows, len(cell.blocks) * hidden) for _ in range(2))
+        self._c = torch.empty(directions * (longest + 1), batch, hidden, **fp32)
+        self._stats = torch.empty(self._kernels.stats * most_rows, **fp32)
+        self._companions = _Companions(self._kernels, self._plan, x, longest, self._weight_hh)
+        self._row_ring = _row_ring(self._plan, directions * batch, self._kernels.grad_rows, x.device)
+        self._counters = _Counters(self._plan, len(saved.c_border) - 1, x.device)
+
+    def run(self, number: int, spans: Sequence["_Span"], done: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Walk back over a chunk.
+
+        Args:
+            number: of the chunk in forward's order.
+            spans: of each direction.
+            done: steps walked back before.
+
+        Returns:
+            dz [D, rows, G·H], in a buffer, and each direction's x [rows, I] and h before every step [rows, H].
+        """
+        directions, batch, hidden = self._h_0.shape
         first, stride, start, count = _first(spans[0])
-        rows = count * batch
-        z, dz = (a[: directions * rows].view(directions, rows, -1) for a in (z_all, dz_all))
-        stats = stats_all[: kernels.stats * directions * rows]
-        c = c_all[: directions * (count + 1)].view(directions, count + 1, batch, hidden)
-        operands = []
-        for d, span in enumerate(spans):
-            x_chunk = _without_padding(x[span.low : span.high], lengths, span.low).reshape(rows, features)
-            y_d = y[:, :, d * hidden : (d + 1) * hidden]
-            h_prev = _previous_h(y_d, h_0[d], lengths, span)
-            if h_factors is not None:
-                h_prev = h_prev * h_factors[d]
-            h_prev = h_prev.reshape(rows, hidden)
-            operands.append((x_chunk, h_prev))
-            torch.addmm(bias[d], x_chunk, weight_ih[d].t(), out=z[d])
-            z[d, :, : recurrent * hidden].addmm_(h_prev, weight_hh[d].t())
-        _softmax_gate(z.flatten(0, 1), kernels, hidden)
-        c[:, 0] = c_border[number]
+        rows, cell = count * batch, self._saved.call.cell
+        z, dz = (a[: directions * rows].view(directions, rows, -1) for a in (self._z, self._dz))
+        stats = self._stats[: self._kernels.stats * directions * rows]
+        c = self._c[: directions * (count + 1)].view(directions, count + 1, batch, hidden)
+        operands = [self._recompute(d, span, z[d]) for d, span in enumerate(spans)]
+        _softmax_gate(z.flatten(0, 1), self._kernels, hidden)
+        c[:, 0] = self._saved.c_border[number]
+        companions, numbers = self._companions, self._saved.call.options
         companions.begin_chunk(rows)
-        walk_c = (first, stride, start, steps, zoneout_c)
-        inputs = (gamma, beta, lengths, zoneout_mask)
-        _recompute_states(cell, kernel_plan, walk_options, z, stats, companions.operands, c, inputs, eps, walk_c)
-        companions.multiply(weight_hh)
-        if kernel_plan.exchange == "words":
+        walk_c = (first, stride, start, self._saved.call.x.shape[0], numbers.zoneout_c)
+        inputs = (self._vectors, self._lengths, self._zoneout_mask)
+        states = (z, stats, companions.operands, c)
+        _recompute_states(cell.name, self._plan, self._options, states, inputs, numbers.eps, walk_c)
+        companions.multiply(self._weight_hh)
+        if self._plan.exchange == "words":
             _fill_missing(dz)
-        for tile, grid in _launches(kernel_plan):
+        for tile, grid in _launches(self._plan):
             _launch(
                 backward_kernel,
                 grid,
-                kernel_plan,
-                x.device,
+                self._plan,
+                z.device,
                 z,
                 stats,
-                weight_hh,
-                gamma,
-                beta,
-                lengths,
-                h_mask,
-                zoneout_mask,
+                self._weight_hh,
+                self._vectors,
+                self._lengths,
+                self._h_mask,
+                self._zoneout_mask,
                 c,
-                dy,
+                self._dy,
                 companions.products,
-                row_ring,
+                self._row_ring,
                 companions.late_ring,
-                counters.from_tile(number, tile),
+                self._counters.from_tile(number, tile),
                 dz,
-                dh,
-                dc,
-                dgamma,
-                dbeta,
+                self.dh,
+                self.dc,
+                self.dvectors,
                 batch,
                 count,
                 first + (count - 1) * stride,
                 stride,
                 start,
-                steps,
-                (len(walks[0]) - 1 - number) * chunk,
+                self._saved.call.x.shape[0],
+                done,
                 companions.late_slots,
                 tile,
-                zoneout_h,
-                zoneout_c,
-                **constants,
+                numbers.zoneout_h,
+                numbers.zoneout_c,
+                **self._constants,
             )
-        counters.check(number, "backward")
-        _softmax_gate_backward(dz.flatten(0, 1), z.flatten(0, 1), kernels, hidden)
-        for d, (span, (x_chunk, h_prev)) in enumerate(zip(spans, operands, strict=True)):
-            if dx is not None:
-                dx_chunk = dx[span.low : span.high].view(rows, features)
-                dx_chunk.addmm_(dz[d], weight_ih[d], beta=directions - 1)
-            if dweight_ih is not None:
-                _add_product(dweight_ih[d], dz[d], x_chunk)
-            if dweight_hh is not None:
-                _add_product(dweight_hh[d], dz[d, :, : recurrent * hidden], h_prev)
-        if dbias is not None:
-            dbias += dz.sum(1, dtype=torch.float32)
+        self._counters.check(number, "backward")
+        _softmax_gate_backward(dz.flatten(0, 1), z.flatten(0, 1), self._kernels, hidden)
+        return dz, operands
 
-    # [norms, D, B, H] -> [D, norms·H]
-    dgamma, dbeta = (_affine(a.sum(2).transpose(0, 1).flatten(1), gate_gain, hidden) for a in (dgamma, dbeta))
-    gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, dgamma, dbeta)
-    triples = zip(gradients, shapes, needs, strict=True)
-    return tuple(g.to(x.dtype).view(shape) if g is not None and needed else None for g, shape, needed in triples)
+    def _recompute(self, d: int, span: "_Span", z: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill in one direction's z [rows, G·H] of a span; return its x and the h before every step, with its mask."""
+        call, hidden = self._saved.call, self._h_0.shape[2]
+        rows, recurrent = z.shape[0], call.cell.recurrent
+        x = _without_padding(call.x[span.low : span.high], self._lengths, span.low).reshape(rows, -1)
+        h_prev = _previous_h(self._saved.y[:, :, d * hidden : (d + 1) * hidden], self._h_0[d], self._lengths, span)
+        if self._h_mask is not None:
+            h_prev = h_prev * self._h_mask.view_as(self._h_0)[d]
+        h_prev = h_prev.reshape(rows, hidden)
+        _project(x, self._weight_ih[d], self._bias[d], z)
+        z[:, : recurrent * hidden].addmm_(h_prev, self._weight_hh[d].t())
+        return x, h_prev
+
+
+class _ParameterSums:
+    """Gradients of x and of what all steps share, summed over chunks; None where nobody asks for one."""
+
+    def __init__(self, call: Call, needs: Sequence[bool]) -> None:
+        x, directions = call.x, call.directions
+        self._call, self._weight_ih = call, _with_directions(call)[2]
+        self._hidden = call.c_0.shape[-1]
+        # Two directions add to every step.
+        new_dx = x.new_empty if directions == 1 else x.new_zeros
+        self.dx = new_dx(x.shape) if needs[0] else None
+
+        def zeros(like: Tensor, needed: bool) -> Tensor | None:
+            shape = like.shape if directions == 2 else (1, *like.shape)
+            return torch.zeros(shape, dtype=torch.float32, device=x.device) if needed else None
+
+        parameters = (call.weight_ih, call.weight_hh, call.bias)
+        self.weight_ih, self.weight_hh, self.bias = map(zeros, parameters, needs[3:6])
+
+    def add(self, spans: Sequence["_Span"], dz: Tensor, operands: list[tuple[Tensor, Tensor]]) -> None:
+        """Add a chunk's share: what `_BackwardWalk.run` returns."""
+        cell = self._call.cell
+        fed, seen = cell.first_input * self._hidden, cell.recurrent * self._hidden
+        for d, (span, (x, h_prev)) in enumerate(zip(spans, operands, strict=True)):
+            if self.dx is not None:
+                dx = self.dx[span.low : span.high].view(x.shape)
+                dx.addmm_(dz[d, :, fed:], self._weight_ih[d], beta=len(spans) - 1)
+            if self.weight_ih is not None:
+                _add_product(self.weight_ih[d], dz[d, :, fed:], x)
+            if self.weight_hh is not None:
+                _add_product(self.weight_hh[d], dz[d, :, :seen], h_prev)
+        if self.bias is not None:
+            self.bias += dz.sum(1, dtype=torch.float32)
 
 
 class _HRing:
@@ -442,7 +443,7 @@ def check_offsets(
     Raises:
         ValueError: a number does not fit; the message names it.
     """
-    kernels, gates, rows = KERNELS[cell], len(CELLS[cell].gates), directions * batch
+    kernels, gates, rows = CELLS[cell].load_kernels(), len(CELLS[cell].blocks), directions * batch
     largest = {
         "H·H, a recurrent weight": hidden * hidden,
         # A tile may reach beyond the last row, an unrolled loop beyond the last step.
@@ -481,17 +482,11 @@ class WalkOptions(NamedTuple):
     """"none", "masks" or "average"."""
 
     @classmethod
-    def of(
-        cls,
-        lengths: Tensor | None,
-        h_mask: Tensor | None,
-        zoneout_mask: Tensor | None,
-        zoneout_h: float,
-        zoneout_c: float,
-    ) -> "WalkOptions":
+    def of(cls, call: Call) -> "WalkOptions":
         """Return those of a call."""
-        average = "average" if zoneout_h or zoneout_c else "none"
-        return cls(lengths is not None, h_mask is not None, average if zoneout_mask is None else "masks")
+        average = "average" if call.options.zoneout_h or call.options.zoneout_c else "none"
+        zoneout = average if call.zoneout_mask is None else "masks"
+        return cls(call.lengths is not None, call.h_mask is not None, zoneout)
 
 
 def kernel_constants(
@@ -505,7 +500,7 @@ def kernel_constants(
     directions: int = 1,
 ) -> dict[str, Any]:
     """Return the compile-time arguments of one of the four kernels; `precision` is tl.dot's, of fp32 operands."""
-    functions, blocks = KERNELS[cell], CELLS[cell]
+    functions, blocks = CELLS[cell].load_kernels(), CELLS[cell]
     everything = dict(
         partials=functions.partials,
         merge=functions.merge,
@@ -516,9 +511,9 @@ def kernel_constants(
         EARLY=functions.early,
         LATE=functions.late,
         DIRECTIONS=directions,
-        GATES=len(blocks.gates),
+        GATES=len(blocks.blocks),
         RECURRENT=blocks.recurrent,
-        NORMS=len(blocks.normalised),
+        VECTORS=blocks.vector_blocks,
         GATE_NORMS=functions.gate_norms,
         STATS=functions.stats,
         HIDDEN=hidden,
@@ -580,13 +575,12 @@ class _Span(NamedTuple):
     """Whether they are walked from the last to the first."""
 
 
-def _walks(steps: int, chunk: int, h_0: Tensor, reverse: bool) -> list[list[_Span]]:
+def _walks(steps: int, chunk: int, call: Call) -> list[list[_Span]]:
     """Return the chunks of each direction in walking order; all but the last walked have `chunk` steps.
 
-    h_0 is [B, H] for one direction, walked backward if `reverse`, or [2, B, H] for both. The walk of the second one is
-    the mirror image of the first one's, which is all that the kernels are told.
+    The walk of a second direction is the mirror image of the first one's, which is all that the kernels are told.
     """
-    return [list(_walk(steps, chunk, r)) for r in ((reverse,) if h_0.dim() == 2 else (False, True))]
+    return [list(_walk(steps, chunk, r)) for r in ((call.reverse,) if call.directions == 1 else (False, True))]
 
 
 def _walk(steps: int, chunk: int, reverse: bool) -> Iterator[_Span]:
@@ -602,11 +596,10 @@ def _first(span: _Span) -> tuple[int, int, int, int]:
     return (span.high - 1, -1, low, count) if span.reverse else (low, 1, low, count)
 
 
-def _with_directions(*tensors: Tensor) -> Iterator[Tensor]:
-    """Yield a layer's tensors, the first one a state [B, H] or [2, B, H], with a leading dimension of directions."""
-    single = tensors[0].dim() == 2
-    for tensor in tensors:
-        yield tensor.unsqueeze(0) if single else tensor
+def _with_directions(call: Call) -> tuple[Tensor, ...]:
+    """Return h_0, c_0, weight_ih, weight_hh and bias with a leading dimension of directions."""
+    tensors = call.tensors[1:6]
+    return tensors if call.directions == 2 else tuple(a.unsqueeze(0) for a in tensors)
 
 
 def _launches(kernel_plan: KernelPlan) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -657,12 +650,12 @@ def product_precision(x: Tensor) -> str:
     return "tf32x3" if x.device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
-def _affine(parameter: Tensor, gate_gain: float, hidden: int) -> Tensor:
-    """Return γ or β [D, norms·H] in fp32, the gate gain folded in: gain·LN(s; γ, β) = LN(s; gain·γ, gain·β)."""
-    # A copy, because it is scaled in place; only the input gate, the first, has a gain.
-    parameter = parameter.to(torch.float32, copy=True).contiguous()
-    parameter[:, :hidden] *= gate_gain
-    return parameter
+def _project(x: Tensor, weight_ih: Tensor, bias: Tensor, z: Tensor) -> None:
+    """Write x W + b into z [rows, G·H], in blocks that only h feeds b alone; x is [rows, I]."""
+    alone = z.shape[1] - weight_ih.shape[0]
+    if alone:
+        z[:, :alone] = bias[:alone]
+    torch.addmm(bias[alone:], x, weight_ih.t(), out=z[:, alone:])
 
 
 def _contiguous(*tensors: Tensor | None) -> Iterator[Tensor | None]:
@@ -710,31 +703,29 @@ def _recompute_states(
     cell: str,
     kernel_plan: KernelPlan,
     options: WalkOptions,
-    z: Tensor,
-    stats: Tensor,
-    companions: Tensor,
-    c: Tensor,
+    states: tuple[Tensor, ...],
     inputs: tuple[Tensor | None, ...],
     eps: float,
     walk: tuple,
 ) -> None:
     """Fill stats, companions and c[:, 1:] of a chunk from its z [D, rows, GH] and c[:, 0], c [D, steps + 1, B, H].
 
-    inputs are γ, β, the lengths and zoneout's masks; walk is (first t, stride, start) of direction 0, T, and zoneout's
-    share of c.
+    states are z, stats, companions and c; inputs are the vectors, the lengths and zoneout's masks; walk is (first t,
+    stride, start) of direction 0, T, and zoneout's share of c.
     """
-    (directions, states, batch, hidden), rows = c.shape, z.shape[0] * z.shape[1]
+    z, stats, companions, c = states
+    (directions, borders, batch, hidden), rows = c.shape, z.shape[0] * z.shape[1]
     constants = [
         kernel_constants(kernel, cell, hidden, kernel_plan, options, "ieee", directions=directions)
         for kernel in (statistics_kernel, cell_states_kernel)
     ]
     with _on(z.device):
-        if KERNELS[cell].stats:
+        if CELLS[cell].load_kernels().stats:
             grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
             constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
             statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
         grid = (directions * batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
-        arguments: tuple[Any, ...] = (z, stats, *inputs, c, batch, states - 1, *walk)
+        arguments: tuple[Any, ...] = (z, stats, *inputs, c, batch, borders - 1, *walk)
         cell_states_kernel[grid](*arguments, **constants[1], **FUSION)
 
 

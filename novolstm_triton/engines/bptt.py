@@ -1,4 +1,4 @@
-"""Every cell with a hand-written backward in PyTorch: backend "torch", the CPU's path (equations: `reference.py`).
+"""The LSTM and NovoLSTM with a hand-written backward in PyTorch: backend "torch" for these (equations: `cells`).
 
 Between forward and backward only x, y and c at every chunk border are kept. Backward takes the chunks in reverse order.
 It computes a chunk's gates again by two matrix products, because every h is known, and its c by an elementwise scan
@@ -13,13 +13,15 @@ for fp64 tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from novolstm_triton.cells import CELLS
+from novolstm_triton.call import Call, Result, Saved, multiply_by_gain, state_dtype, vectors_with_gain
+from novolstm_triton.engines.chunks import chunk_spans, h_before, valid_steps
 
 _ALIGNMENT = 64
 """Bytes on whose multiples PyTorch begins its own tensors on a CPU."""
@@ -30,111 +32,45 @@ _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 _softmax_backward = torch._softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
 
 
-def forward(
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    lengths: Tensor | None,
-    h_mask: Tensor | None,
-    zoneout_mask: Tensor | None,
-    *,
-    eps: float,
-    gate_gain: float,
-    zoneout_h: float,
-    zoneout_c: float,
-    cell: str,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the layer over a sequence.
-
-    Args:
-        x: [T, B, I] input.
-        h_0: [B, H] initial hidden state.
-        c_0: [B, H] initial cell state.
-        weight_ih: [G·H, I] input weights, blocks i|f|g|o|p.
-        weight_hh: [R·H, H] recurrent weights of the first R blocks.
-        bias: [G·H].
-        ln_weight: [N·H] γ.
-        ln_bias: [N·H] β.
-        lengths: [B] int32 number of valid steps of each row, or None.
-        h_mask: [B, H] factor on h wherever it meets weight_hh, or None.
-        zoneout_mask: [T, B, H] uint8 masks of zoneout, or None.
-        eps: ε of the layer normalisations.
-        gate_gain: constant factor on NovoLSTM's input gate.
-        zoneout_h: share of h that a step keeps where there are no masks.
-        zoneout_c: likewise, of c.
-        cell: its name in `novolstm_triton.cells.CELLS`.
-        reverse: walk from the last step to the first.
-        chunk: steps of a chunk; the one walked last may be shorter.
-
-    Returns:
-        y [T, B, H], h_n [B, H], c_n [B, H] in the dtype of x, and c_border [⌈T/chunk⌉ + 1, B, H], c before each chunk
-        in walking order and after the last, in fp32 (fp64 for fp64 tensors).
-    """
-    prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
-    (steps, batch, _), hidden = x.shape, h_0.shape[1]
-    valid, zoneout = _valid(lengths, steps), _Zoneout.of(zoneout_mask, zoneout_h, zoneout_c, prepared.dtype)
+def forward(call: Call, chunk: int) -> Result:
+    """Run the layer over a sequence, in one direction, `chunk` steps at a time; the last chunk may be shorter."""
+    prepared = _Cell.prepare(call)
+    (steps, batch, _), hidden = call.x.shape, call.h_0.shape[1]
+    valid, zoneout = valid_steps(call.lengths, steps), _Zoneout.of(call, prepared.dtype)
+    x, reverse = call.x, call.reverse
     y = x.new_empty(steps, batch, hidden)
-    walk = _ForwardWalk(prepared, min(chunk, steps), h_0, c_0, reverse)
+    walk = _ForwardWalk(prepared, min(chunk, steps), call.h_0, call.c_0, reverse)
     borders = [walk.c.clone()]
-    for low, high in _spans(steps, chunk, reverse):
+    for low, high in chunk_spans(steps, chunk, reverse):
         chunk_valid = None if valid is None else valid[low:high]
         y[low:high] = walk.run(x[low:high], chunk_valid, None if zoneout is None else zoneout.span(low, high))
         borders.append(walk.c.clone())
     if valid is not None:
         y.masked_fill_(~valid, 0)
-    return y, walk.h.to(x.dtype, copy=True), walk.c.to(x.dtype, copy=True), torch.stack(borders)
+    return Result(y, walk.h.to(x.dtype, copy=True), walk.c.to(x.dtype, copy=True), torch.stack(borders))
 
 
-def backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    x: Tensor,
-    h_0: Tensor,
-    c_0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    lengths: Tensor | None,
-    h_mask: Tensor | None,
-    zoneout_mask: Tensor | None,
-    y: Tensor,
-    c_border: Tensor,
-    *,
-    eps: float,
-    gate_gain: float,
-    zoneout_h: float,
-    zoneout_c: float,
-    cell: str,
-    reverse: bool,
-    chunk: int,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
+def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """Differentiate `forward`.
 
-    Takes the gradients dy [T, B, H], dh_n [B, H] and dc_n [B, H] of its results, then its tensors, its results y and
-    c_border, its options, and `needs`, which tells the eight gradients to compute.
+    Args:
+        saved: the call, its results y and c_border, and its chunk.
+        grads: dy [T, B, H], dh_n [B, H] and dc_n [B, H].
+        needs: which gradients to compute, in the order of `Call.tensors`.
 
     Returns:
-        The gradients of x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias in their shapes and dtypes; None
-        for each that `needs` rules out.
+        The gradients of `Call.tensors` in their shapes and dtypes; None for each that `needs` rules out.
     """
-    prepared = _Cell.prepare(weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell)
+    call, y, c_border, chunk = saved
+    dy, dh_n, dc_n = grads
+    x, h_0, weight_hh, reverse = call.x, call.h_0, call.weight_hh, call.reverse
+    prepared = _Cell.prepare(call)
     dtype, steps = prepared.dtype, x.shape[0]
-    spans, valid = _spans(steps, chunk, reverse), _valid(lengths, steps)
-    zoneout = _Zoneout.of(zoneout_mask, zoneout_h, zoneout_c, dtype)
+    spans, valid = chunk_spans(steps, chunk, reverse), valid_steps(call.lengths, steps)
+    zoneout = _Zoneout.of(call, dtype)
     walk = _BackwardWalk(prepared, weight_hh, min(chunk, steps), dh_n, dc_n, reverse, zoneout is not None)
-    sums = _ParameterSums(prepared, needs)
-    weight_ih = _aligned(weight_ih, dtype)
+    sums = _ParameterSums(prepared, needs[3:])
+    weight_ih = _aligned(call.weight_ih, dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     for (low, high), border in zip(reversed(spans), reversed(c_border[:-1].unbind(0)), strict=True):
         frozen = None if valid is None else ~valid[low:high]
@@ -142,16 +78,16 @@ def backward(
         if frozen is not None:
             # Padding may hold anything, even NaN, and must not reach a product, where 0 · NaN is NaN.
             x_chunk = x_chunk.masked_fill(frozen, 0)
-        h_seen = _h_before(low, high, y, h_0, valid, reverse).to(dtype)
+        h_seen = h_before(low, high, y, h_0, valid, reverse).to(dtype)
         h_seen = h_seen if prepared.h_mask is None else h_seen * prepared.h_mask
         walk.recompute(x_chunk, h_seen, border, frozen, None if zoneout is None else zoneout.span(low, high))
         dz = walk.run(dy[low:high])
-        dgamma, dbeta = walk.finish_norms(high - low, needs[6], needs[7])
-        sums.add(x_chunk.flatten(0, 1), h_seen.flatten(0, 1), dz.flatten(0, 1), dgamma, dbeta)
+        dvectors = walk.finish_norms(high - low, needs[6])
+        sums.add(x_chunk.flatten(0, 1), h_seen.flatten(0, 1), dz.flatten(0, 1), dvectors)
         if dx is not None:
             dx[low:high] = (dz.flatten(0, 1) @ weight_ih).view_as(x_chunk)
-    gradients = (dx, walk.dh if needs[1] else None, walk.dc if needs[2] else None, *sums.results(gate_gain))
-    return tuple(None if g is None else g.to(x.dtype) for g in gradients)
+    gradients = (dx, walk.dh if needs[1] else None, walk.dc if needs[2] else None, *sums.results(call))
+    return [None if g is None else g.to(x.dtype) for g in gradients]
 
 
 @dataclass(frozen=True)
@@ -177,29 +113,25 @@ class _Cell:
     """Whether z_f, z_g and z_o are normalised."""
 
     @classmethod
-    def prepare(cls, weight_ih, weight_hh, bias, ln_weight, ln_bias, h_mask, eps, gate_gain, cell) -> _Cell:
-        """Cast the parameters of `forward` and cut them into blocks."""
-        dtype = torch.float64 if weight_ih.dtype == torch.float64 else torch.float32
-        hidden = weight_hh.shape[1]
+    def prepare(cls, call: Call) -> _Cell:
+        """Cast the parameters of a call and cut them into blocks."""
+        dtype = state_dtype(call.x.dtype)
+        hidden = call.weight_hh.shape[1]
 
         def blocks(rows: Tensor) -> Tensor:
             return _aligned(rows, dtype).unflatten(0, (-1, hidden))
 
-        def affine(rows: Tensor) -> Tensor:
-            rows = rows.to(dtype, copy=True).view(-1, hidden)
-            rows[:1] *= gate_gain
-            return rows
-
+        gamma, beta = vectors_with_gain(call, dtype).view(2, call.cell.vector_blocks // 2, hidden)
         return cls(
-            weight_ih=blocks(weight_ih),
-            weight_hh=blocks(weight_hh),
-            bias=blocks(bias).unsqueeze(1),
-            gamma=affine(ln_weight),
-            beta=affine(ln_bias),
-            h_mask=None if h_mask is None else h_mask.to(dtype),
-            eps=eps,
-            kind=cell.partition("_")[0],
-            gate_norms=CELLS[cell].gate_norms,
+            weight_ih=blocks(call.weight_ih),
+            weight_hh=blocks(call.weight_hh),
+            bias=blocks(call.bias).unsqueeze(1),
+            gamma=gamma,
+            beta=beta,
+            h_mask=None if call.h_mask is None else call.h_mask.to(dtype),
+            eps=call.options.eps,
+            kind=call.cell.name.partition("_")[0],
+            gate_norms=call.cell.vector_blocks > 2,
         )
 
     @property
@@ -243,12 +175,13 @@ class _Zoneout(NamedTuple):
     c: Tensor
 
     @classmethod
-    def of(cls, zoneout_mask: Tensor | None, h: float, c: float, dtype: torch.dtype) -> _Zoneout | None:
+    def of(cls, call: Call, dtype: torch.dtype) -> _Zoneout | None:
         """Return those of a call, or None if nothing is kept."""
-        if zoneout_mask is not None:
-            return cls((zoneout_mask & 1).to(dtype), (zoneout_mask & 2).ne(0).to(dtype))
-        if h or c:
-            return cls(*(torch.full((1, 1, 1), share, dtype=dtype) for share in (h, c)))
+        mask, shares = call.zoneout_mask, (call.options.zoneout_h, call.options.zoneout_c)
+        if mask is not None:
+            return cls((mask & 1).to(dtype), (mask & 2).ne(0).to(dtype))
+        if any(shares):
+            return cls(*(torch.full((1, 1, 1), share, dtype=dtype) for share in shares))
         return None
 
     def span(self, low: int, high: int) -> _Zoneout:
@@ -335,14 +268,12 @@ class _PlainGate:
         """Write dz_i [B, H], and dz_p if the cell has a p that sees h, of a step whose dc is known."""
         torch.mul(dc, self._steps[t], out=dz_i)
 
-    def finish(
-        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the chunk's share of dγ and dβ [H]; write the dz_p [n, B, H] of a p that does not see h.
+    def finish(self, dc: Tensor, dz_p: Tensor, needed: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the chunk's share of dγ and dβ [H], if needed; write the dz_p [n, B, H] of a p that does not see h.
 
         Nothing here feeds the recurrence, so it takes the whole chunk at once; dc is [n, B, H].
         """
-        return None, None
+        return None
 
 
 class _FormulaGate(_PlainGate):
@@ -377,14 +308,12 @@ class _FormulaGate(_PlainGate):
         # Written to a row of its own first: this operator takes the output for contiguous.
         dz_p.copy_(_softmax_backward(dp, p, -1, cell.dtype, grad_input=self._dz_p))
 
-    def finish(
-        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not needs_gamma and not needs_beta:
-            return None, None
+    def finish(self, dc: Tensor, dz_p: Tensor, needed: bool) -> tuple[Tensor, Tensor] | None:
+        if not needed:
+            return None
         n, cell = len(dc), self._cell
         arguments = (dc * self._slopes[0, :n], self._gates[0, :n], cell.units, self._mean, self._rstd)
-        return _layer_norm_backward(*arguments, cell.gamma[0], cell.beta[0], (False, needs_gamma, needs_beta))[1:]
+        return _layer_norm_backward(*arguments, cell.gamma[0], cell.beta[0], (False, True, True))[1:]
 
 
 class _NotebookGate(_PlainGate):
@@ -414,16 +343,14 @@ class _NotebookGate(_PlainGate):
         dn = torch.mul(dc, slope_n, out=self._dn)
         torch.mul(_norm_input(self._cell, dn, deviation, self._mean[t], self._rstd[t]), slope_i, out=dz_i)
 
-    def finish(
-        self, dc: Tensor, dz_p: Tensor, needs_gamma: bool, needs_beta: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def finish(self, dc: Tensor, dz_p: Tensor, needed: bool) -> tuple[Tensor, Tensor] | None:
         n, cell = len(dc), self._cell
         arguments = (dc * self._slopes[0, :n], self._product[:n], cell.units, self._mean, self._rstd)
-        mask = (True, needs_gamma, needs_beta)
+        mask = (True, needed, needed)
         da, dgamma, dbeta = _layer_norm_backward(*arguments, cell.gamma[0], cell.beta[0], mask)
         s, _, _, _, p = self._gates[:, :n]
         dz_p.copy_(_softmax_backward(da.mul_(s), p, -1, cell.dtype))
-        return dgamma, dbeta
+        return (dgamma, dbeta) if needed else None
 
 
 _INPUT_GATES = {"lstm": _PlainGate, "formula": _FormulaGate, "notebook": _NotebookGate}
@@ -615,48 +542,42 @@ class _BackwardWalk:
         self.dh = self._dh_all[first].clone()
         return self._dz[:n]
 
-    def finish_norms(self, n: int, needs_gamma: bool, needs_beta: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the chunk just walked adds to dγ and dβ [N·H]; for the notebook also fill in its dz_p."""
+    def finish_norms(self, n: int, needed: bool) -> Tensor | None:
+        """Return what the chunk just walked adds to dγ and dβ [2·N·H], if needed; for the notebook fill in its dz_p."""
         hidden = self.dc.shape[1]
-        dgamma, dbeta = self._input_gate.finish(self._dc_all[:n], self._dz[:n, :, -hidden:], needs_gamma, needs_beta)
-        if self._gate_norms is not None:
-            others = self._gate_norms.finish(n)
-            pairs = zip((dgamma, dbeta), others, strict=True)
-            dgamma, dbeta = (None if own is None else torch.cat((own, other)) for own, other in pairs)
-        return dgamma, dbeta
+        own = self._input_gate.finish(self._dc_all[:n], self._dz[:n, :, -hidden:], needed)
+        if own is None:
+            return None
+        others = () if self._gate_norms is None else self._gate_norms.finish(n)
+        return torch.cat((own[0], *others[:1], own[1], *others[1:]))
 
 
 class _ParameterSums:
     """Gradients of the parameters, summed over chunks in the order of the walk."""
 
-    def __init__(self, cell: _Cell, needs: list[bool]) -> None:
+    def __init__(self, cell: _Cell, needs: Sequence[bool]) -> None:
         (gates, hidden, inputs), recurrent = cell.weight_ih.shape, len(cell.weight_hh)
-        norms = (cell.gamma.numel(),)
-        shapes = ((gates * hidden, inputs), (recurrent * hidden, hidden), (gates * hidden,), norms, norms)
-        self._hidden = hidden
+        shapes = ((gates * hidden, inputs), (recurrent * hidden, hidden), (gates * hidden,), (2 * cell.gamma.numel(),))
         self._sums = [
-            cell.bias.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs[3:], strict=True)
+            cell.bias.new_zeros(shape) if needed else None for shape, needed in zip(shapes, needs, strict=True)
         ]
 
-    def add(self, x: Tensor, h_seen: Tensor, dz: Tensor, dgamma: Tensor | None, dbeta: Tensor | None) -> None:
-        """Add a chunk of m = n·B rows: x [m, I], h_seen [m, H], dz [m, G·H], and its dγ, dβ [N·H] where needed."""
-        weight_ih, weight_hh, bias, gamma, beta = self._sums
+    def add(self, x: Tensor, h_seen: Tensor, dz: Tensor, dvectors: Tensor | None) -> None:
+        """Add a chunk of m = n·B rows: x [m, I], h_seen [m, H], dz [m, G·H], and its dγ and dβ [2·N·H] if needed."""
+        weight_ih, weight_hh, bias, vectors = self._sums
         if weight_ih is not None:
             weight_ih.addmm_(dz.t(), x)
         if weight_hh is not None:
             weight_hh.addmm_(dz[:, : len(weight_hh)].t(), h_seen)
         if bias is not None:
             bias.add_(dz.sum(0))
-        if gamma is not None and dgamma is not None:
-            gamma.add_(dgamma)
-        if beta is not None and dbeta is not None:
-            beta.add_(dbeta)
+        if vectors is not None and dvectors is not None:
+            vectors.add_(dvectors)
 
-    def results(self, gate_gain: float) -> list[Tensor | None]:
-        """Return the gradients of weight_ih, weight_hh, bias, ln_weight, ln_bias."""
-        for affine in self._sums[3:]:
-            if affine is not None:
-                affine[: self._hidden] *= gate_gain
+    def results(self, call: Call) -> list[Tensor | None]:
+        """Return the gradients of weight_ih, weight_hh, bias and the vectors."""
+        if (vectors := self._sums[3]) is not None:
+            multiply_by_gain(vectors, call)
         return self._sums
 
 
@@ -668,13 +589,6 @@ def _aligned(a: Tensor, dtype: torch.dtype) -> Tensor:
     """
     a = a.to(dtype).contiguous()
     return a.clone() if a.device.type == "cpu" and a.data_ptr() % _ALIGNMENT else a
-
-
-def _spans(steps: int, chunk: int, reverse: bool) -> list[tuple[int, int]]:
-    """Return the first time and the time after the last of every chunk, in walking order."""
-    if reverse:
-        return [(max(0, high - chunk), high) for high in range(steps, 0, -chunk)]
-    return [(low, min(low + chunk, steps)) for low in range(0, steps, chunk)]
 
 
 def _order(n: int, backwards: bool) -> range:
@@ -697,25 +611,3 @@ def _transpose_each(matrices: Tensor) -> Tensor:
     for transposed, matrix in zip(result, matrices, strict=True):
         transposed.copy_(matrix.t())
     return result
-
-
-def _valid(lengths: Tensor | None, steps: int) -> Tensor | None:
-    """Return [T, B, 1], true where a row has a step, or None if all have all."""
-    if lengths is None:
-        return None
-    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
-
-
-def _h_before(low: int, high: int, y: Tensor, h_0: Tensor, valid: Tensor | None, reverse: bool) -> Tensor:
-    """Return [n, B, H], the hidden state before each valid step of the times low to high, from y [T, B, H].
-
-    In reverse a row with a length starts at its own last step: the y after it is padding, the state h_0.
-    """
-    if not reverse:
-        return y[low - 1 : high - 1] if low else torch.cat((h_0.unsqueeze(0), y[: high - 1]))
-    if high < len(y):
-        h, is_start = y[low + 1 : high + 1], None if valid is None else ~valid[low + 1 : high + 1]
-    else:
-        h = torch.cat((y[low + 1 :], h_0.unsqueeze(0)))
-        is_start = None if valid is None else ~torch.cat((valid[low + 1 :], torch.zeros_like(valid[:1])))
-    return h if is_start is None else torch.where(is_start, h_0, h)
