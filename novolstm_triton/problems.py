@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novolstm_triton.cells import CELLS, VARIANTS
+from novolstm_triton.cells import CELLS, LAYER_NORMS, VARIANTS, novolstm_cell
 from novolstm_triton.functional import lstm, novolstm, recurrence
+
+NOVOLSTM = {novolstm_cell(v, n): dict(variant=v, layer_norm=n) for v in VARIANTS for n in LAYER_NORMS}
+"""The options of `novolstm` by the cell that they name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Problem:
     @property
     def gate_gain(self) -> float:
         """A gain with which the gate matters: without one the formula's is O(1/H)."""
-        return float(self.hidden) if self.cell.startswith("formula") else 1.0
+        return float(self.hidden) if NOVOLSTM.get(self.cell, {}).get("variant") == "formula" else 1.0
 
     def draw(self) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
         """Return the inputs in float64, the lengths, and gradients of the outputs.
@@ -101,9 +104,8 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed + 1)
         directions = 2 if self.bidirectional else 1
         options: dict[str, Any] = {}
-        if self.cell.startswith(VARIANTS):
-            variant, _, every = self.cell.partition("_")
-            options |= dict(variant=variant, layer_norm=every or "input_gate", gate_gain=self.gate_gain)
+        if self.cell in NOVOLSTM:
+            options |= dict(NOVOLSTM[self.cell], gate_gain=self.gate_gain)
         if not self.bidirectional:
             options["reverse"] = self.reverse
         if self.h_mask:
@@ -129,7 +131,7 @@ class Problem:
         options |= dict(lengths=lengths, backend=backend)
         if self.cell == "lstm":
             return lstm(*inputs, **options)
-        if self.cell.startswith(VARIANTS):
+        if self.cell in NOVOLSTM:
             return novolstm(*inputs, **options)
         cell = CELLS[self.cell]
         count = 1 + len(cell.states)

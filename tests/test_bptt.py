@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from novolstm_triton import ops
-from novolstm_triton.cells import CELLS
 from novolstm_triton.functional import novolstm
 
-from .support.problems import INPUTS, RESULTS, Problem, assert_as_exact_as_eager
+from .support.problems import INPUTS, NOVOLSTM, RESULTS, Problem, assert_as_exact_as_eager
 
-VARIANTS = tuple(CELLS)
-NORMALISED = tuple(name for name in CELLS if CELLS[name].vectors)
+VARIANTS = ("lstm", *NOVOLSTM)
+NORMALISED = tuple(NOVOLSTM)
 
 
 @pytest.fixture

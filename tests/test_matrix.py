@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from novolstm_triton import NovoLSTM
 from novolstm_triton.cells import CELLS, VARIANTS
 from novolstm_triton.engines import reference
+from novolstm_triton.problems import NOVOLSTM
 from novolstm_triton.recurrent import State
 
 from .support.selection import covering
@@ -26,7 +27,7 @@ LENGTHS = {"whole": [4, 4, 4], "lengths": [4, 0, 2], "sorted": [4, 3, 1], "unsor
 """Ways to give a batch, and the rows' lengths; the last two are of a PackedSequence."""
 
 AXES: dict[str, tuple] = {
-    "cell": tuple(CELLS),
+    "cell": ("lstm", *NOVOLSTM),
     "bidirectional": (False, True),
     "num_layers": (1, 2),
     "proj_size": (0, P),

@@ -8,21 +8,23 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .support.calls import ALL, EXACT, LAYOUTS, Call, Drawn, for_calls, tensors_of
+from .support.calls import ALL, EXACT, LAYOUTS, Call, Drawn, for_calls
 from .support.ordered import ordered
 from .support.problems import FLOORS, assert_as_exact_as_eager
 
 FEW = {"reference": 25, "torch": 40, "triton": 3}
 
 # Results and gradients with a part for every row, and those with one for every step; the others are sums over both.
-OF_ROWS = ("y", "h_n", "c_n", "grad x", "grad h_0", "grad c_0")
+# A cell with one state has no c.
+OUTPUTS = ("y", "h_n", "c_n")
+OF_ROWS = (*OUTPUTS, "grad x", "grad h_0", "grad c_0")
 OF_STEPS = ("y", "grad x")
 
 Results = dict[str, Tensor]
 
 
 def assert_same_bits(results: Results, expected: Results, names: tuple[str, ...] = OF_ROWS) -> None:
-    assert [n for n in names if not torch.equal(results[n], expected[n])] == []
+    assert [n for n in names if n in expected and not torch.equal(results[n], expected[n])] == []
 
 
 def assert_close(results: Results, expected: Results) -> None:
@@ -43,7 +45,7 @@ def exact_across_borders(call: Call) -> tuple[str, ...]:
     Not gradients with zoneout: dh has a third term, which is added there in another order. Nor those of the kernels,
     whose own products, in forward, are not `ordered`: backward brings a little other c back from a border.
     """
-    return OF_ROWS if call.problem.zoneout == "none" and call.backend != "triton" else OF_ROWS[:3]
+    return OF_ROWS if call.problem.zoneout == "none" and call.backend != "triton" else OUTPUTS
 
 
 def takes_plain_steps(call: Call, *steps: int) -> bool:
@@ -58,21 +60,22 @@ def changed(results: Results, names: tuple[str, ...], change: Callable[[Tensor],
 @for_calls(*ALL, examples={"torch": 100, "triton": 25}, two_tiles=True)
 def test_results_are_those_of_the_reference(call: Call, data: st.DataObject):
     """However tensors lie in memory, and whichever gradients are wanted."""
-    names = list(tensors_of(call.problem))
+    names = list(call.problem.input_names)
     layouts = data.draw(st.tuples(*[st.sampled_from(list(LAYOUTS))] * len(names)), "layouts")
     call = dataclasses.replace(call, problem=dataclasses.replace(call.problem, layouts=layouts))
     given = call.given()
     needs = data.draw(st.sets(st.sampled_from([n for n in names if given.inputs[n].numel()]), min_size=1), "needs")
-    layouts = data.draw(st.tuples(*[st.sampled_from(("dense", "transposed", "gaps"))] * 3), "layouts of gradients")
+    ways = st.sampled_from(("dense", "transposed", "gaps"))
+    layouts = data.draw(st.tuples(*[ways] * len(given.grads)), "layouts of gradients")
     given.grads = [LAYOUTS[layout](g) for layout, g in zip(layouts, given.grads, strict=True)]
     results = call.results(given, needs)
-    assert {name.removeprefix("grad ") for name in results} == needs | {"y", "h_n", "c_n"}
+    assert {name.removeprefix("grad ") for name in results} == needs | {*call.problem.output_names}
     assert {a.dtype for a in results.values()} == {call.dtype}
     truth = call.problem.run("reference", torch.float64, rounded=call.dtype)
     assert_as_exact_as_eager(call.problem, results, call.dtype, {name: truth[name] for name in results}, True)
 
 
-@for_calls(examples=FEW)
+@for_calls(examples=FEW, ordered=True)
 def test_order_of_rows_is_that_of_the_results(call: Call, data: st.DataObject):
     given, order = call.given(), torch.tensor(data.draw(st.permutations(range(call.problem.batch)), "order"))
     with ordered():
@@ -80,7 +83,7 @@ def test_order_of_rows_is_that_of_the_results(call: Call, data: st.DataObject):
     assert_same_but_for_sums(results, changed(expected, OF_ROWS, lambda a: a.index_select(-2, order)))
 
 
-@for_calls(examples=FEW)
+@for_calls(examples=FEW, ordered=True)
 def test_row_alone_is_that_row_of_a_batch(call: Call, data: st.DataObject):
     given, row = call.given(), torch.tensor([data.draw(st.integers(0, call.problem.batch - 1), "row")])
     with ordered():
@@ -107,7 +110,7 @@ def test_row_beside_rows_of_nan_is_as_it_was(call: Call, data: st.DataObject):
     assert_same_bits(results, expected)
 
 
-@for_calls(examples=FEW)
+@for_calls(examples=FEW, ordered=True)
 def test_steps_beyond_all_lengths_change_nothing(call: Call, data: st.DataObject):
     """Whatever they and the gradients of their outputs hold."""
     problem, given, more = call.problem, call.given(), data.draw(st.integers(1, 5), "more")
@@ -125,18 +128,18 @@ def test_steps_beyond_all_lengths_change_nothing(call: Call, data: st.DataObject
     assert_same_but_for_sums(results, expected, exact)
 
 
-@for_calls(examples=FEW)
+@for_calls(examples=FEW, ordered=True)
 def test_full_lengths_are_no_lengths(call: Call, data: st.DataObject):
     given = dataclasses.replace(call.given(), lengths=None)
     full = dataclasses.replace(given, lengths=torch.full((call.problem.batch,), call.problem.steps))
     with ordered():
         results, expected = call.results(full), call.results(given)
     # Where autograd differentiates the loop, the order in which it adds is its own.
-    exact = OF_ROWS[:3] if call.backend == "reference" else tuple(expected)
+    exact = OUTPUTS if call.backend == "reference" else tuple(expected)
     assert_same_but_for_sums(results, expected, exact)
 
 
-@for_calls(examples={"torch": 40, "triton": 3})
+@for_calls(examples={"torch": 40, "triton": 3}, ordered=True)
 def test_chunks_change_nothing(call: Call, data: st.DataObject):
     other = dataclasses.replace(call, chunk=data.draw(st.integers(1, call.problem.steps), "chunk"))
     given = call.given()
@@ -145,7 +148,7 @@ def test_chunks_change_nothing(call: Call, data: st.DataObject):
     assert_same_but_for_sums(results, expected, exact_across_borders(call))
 
 
-@for_calls(examples=FEW, one_way=True)
+@for_calls(examples=FEW, one_way=True, ordered=True)
 def test_reverse_of_a_reversed_sequence_is_the_sequence(call: Call, data: st.DataObject):
     problem, given = call.problem, call.given()
     lengths = torch.full((problem.batch,), problem.steps) if given.lengths is None else given.lengths
@@ -161,7 +164,7 @@ def test_reverse_of_a_reversed_sequence_is_the_sequence(call: Call, data: st.Dat
     assert_same_but_for_sums(results, changed(expected, OF_STEPS, flipped), exact_across_borders(call))
 
 
-@for_calls(examples=FEW, one_way=True, least_steps=2)
+@for_calls(examples=FEW, one_way=True, least_steps=2, ordered=True)
 def test_sequence_in_two_pieces_is_the_whole(call: Call, data: st.DataObject):
     """With the state carried over, and gradients back through it."""
     problem, given, cut = call.problem, call.given(), data.draw(st.integers(1, call.problem.steps - 1), "cut")
@@ -175,16 +178,16 @@ def test_sequence_in_two_pieces_is_the_whole(call: Call, data: st.DataObject):
     with ordered():
         expected = call.results(given)
         with call.running():
-            y_first, h, c = call.outputs(pieces[0])
-            pieces[1].inputs |= {"h_0": h, "c_0": c}
-            y_second, h_n, c_n = call.outputs(pieces[1])
+            y_first, *state = call.outputs(pieces[0])
+            pieces[1].inputs |= dict(zip(problem.input_names[1:], state, strict=False))
+            y_second, *last = call.outputs(pieces[1])
             y = torch.cat((y_second, y_first) if problem.reverse else (y_first, y_second))
-            gradients = torch.autograd.grad((y, h_n, c_n), list(leaves.values()), given.grads)
-    results = {"y": y, "h_n": h_n, "c_n": c_n}
+            gradients = torch.autograd.grad((y, *last), list(leaves.values()), given.grads)
+    results = dict(zip(problem.output_names, (y, *last), strict=True))
     results |= {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}
     exact = exact_across_borders(call)
     if call.backend == "reference":
-        exact = exact[:3]
+        exact = OUTPUTS
     elif problem.projection or takes_plain_steps(call, cut, problem.steps - cut):
         # A state that is given takes another way than one that the layer makes.
         exact = ()
@@ -221,16 +224,19 @@ def test_gradients_are_linear_in_those_of_the_results(call: Call, data: st.DataO
 @for_calls(*ALL, examples=FEW, projected=False, zoneout=False)
 def test_zoneout_of_one_keeps_the_state(call: Call, data: st.DataObject):
     problem, given = call.problem, call.given()
-    h_0, c_0, (dy, dh_n, dc_n) = given.inputs["h_0"], given.inputs["c_0"], given.grads
+    h_0, (dy, dh_n, *dc_n) = given.inputs["h_0"], given.grads
     y = torch.cat(h_0.unbind(0), -1) if problem.bidirectional else h_0
     masks = dict(zoneout_mask=torch.full((*given.inputs["x"].shape[:2], y.shape[-1]), 3, dtype=torch.uint8))
-    results = call.results(given, **(masks if data.draw(st.booleans(), "masks") else dict(zoneout=(1.0, 1.0))))
+    shares = dict(zoneout=(1.0, 1.0)[: len(given.grads) - 1])
+    results = call.results(given, **(masks if data.draw(st.booleans(), "masks") else shares))
     y = y.expand(problem.steps, *y.shape)
     if given.lengths is not None:
         valid = (torch.arange(problem.steps).unsqueeze(1) < given.lengths).unsqueeze(2)
         y, dy = y * valid, dy * valid
     dh = torch.stack(dy.sum(0).chunk(2, -1)) if problem.bidirectional else dy.sum(0)
-    kept = {"y": y, "h_n": h_0, "c_n": c_0, "grad c_0": dc_n}
+    kept = {"y": y, "h_n": h_0}
+    if dc_n:
+        kept |= {"c_n": given.inputs["c_0"], "grad c_0": dc_n[0]}
     assert_same_bits(results, kept, tuple(kept))
     assert_close({"dh": results.pop("grad h_0")}, {"dh": dh_n + dh})
     assert [name for name, a in results.items() if name not in kept and a.any()] == []

@@ -3,19 +3,16 @@
 Their tile functions are in `novolstm_triton.kernels`, in the file of the same name.
 """
 
+import importlib
+import pkgutil
+
 from novolstm_triton.cells.cell import CELLS, Block, Cell, Vector, register
-from novolstm_triton.cells.lstm import LSTM
-from novolstm_triton.cells.novolstm import (
-    FORMULA,
-    FORMULA_ALL,
-    LAYER_NORMS,
-    NOTEBOOK,
-    NOTEBOOK_ALL,
-    VARIANTS,
-    novolstm_cell,
-)
+from novolstm_triton.cells.novolstm import LAYER_NORMS, VARIANTS, novolstm_cell
 
 __all__ = ["CELLS", "LAYER_NORMS", "VARIANTS", "Block", "Cell", "Vector", "novolstm_cell", "register"]
 
-for _cell in (LSTM, FORMULA, FORMULA_ALL, NOTEBOOK, NOTEBOOK_ALL):
-    register(_cell)
+# A new file is a new cell: nothing else needs to know of it.
+for _file in pkgutil.iter_modules(__path__):
+    for _cell in vars(importlib.import_module(f"{__name__}.{_file.name}")).values():
+        if isinstance(_cell, Cell):
+            register(_cell)

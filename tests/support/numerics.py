@@ -11,7 +11,7 @@ from torch import Tensor
 
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS
-from novolstm_triton.problems import FLOORS, Problem, errors, excess
+from novolstm_triton.problems import FLOORS, NOVOLSTM, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
 from .interpreted import ROOMY
@@ -212,7 +212,7 @@ class Extreme(Problem):
         return [operands[name] for name in self.input_names], lengths, [operands[name] for name in GRADS]
 
 
-_ALL_CELLS = tuple(CELLS)
+_ALL_CELLS = ("lstm", *NOVOLSTM)
 _WEIGHTS = ("grad x", "grad h_0", "grad weight_ih", "grad weight_hh", "grad bias")
 
 CASES = {

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from novolstm_triton.problems import FLOORS, Problem, bounds, errors
+from novolstm_triton.problems import FLOORS, NOVOLSTM, Problem, bounds, errors
 
-__all__ = ["FLOORS", "INPUTS", "RESULTS", "Problem", "assert_as_exact_as_eager", "bounds", "errors"]
+__all__ = ["FLOORS", "INPUTS", "NOVOLSTM", "RESULTS", "Problem", "assert_as_exact_as_eager", "bounds", "errors"]
 
 
 INPUTS = Problem(1, 1, 1).input_names
