@@ -6,20 +6,24 @@ extra `testing`) and TRITON_INTERPRET=1 in the environment before triton is impo
 """
 
 from .allocations import poisoned, poisoned_allocations
+from .cells import CellReport, Finding, check_cell
 from .cooperative import Deadlock, ProgramError, Report, cooperative
 from .happens_before import DataRace, GridError, OutOfBounds, ReadBeforeWrite, TwoWriters
 from .schedules import POLICIES
 
 __all__ = [
     "POLICIES",
+    "CellReport",
     "DataRace",
     "Deadlock",
+    "Finding",
     "GridError",
     "OutOfBounds",
     "ProgramError",
     "ReadBeforeWrite",
     "Report",
     "TwoWriters",
+    "check_cell",
     "cooperative",
     "poisoned",
     "poisoned_allocations",

@@ -1,0 +1,123 @@
+"""One step of a cell by itself, forward and back: what `novolstm_triton.testing.check_cell` interprets.
+
+A single program walks over the slices, as the programs of the persistent kernels do side by side.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import add_slices, load_sums, store_sums
+from .gate_norms import (
+    cell_companions,
+    cell_grad_finish,
+    cell_grad_local,
+    cell_merge,
+    cell_partials,
+    cell_update,
+)
+from .tiles import units_per_slice
+
+
+@triton.jit
+def places(
+    slice, ROWS: tl.constexpr, HIDDEN: tl.constexpr, UNITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return the places of a slice's elements in an array [ROWS, HIDDEN], which exist, its units, and which are."""
+    row = tl.arange(0, BLOCK_R)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    unit = slice * UNITS + column
+    is_unit = (column < UNITS) & (unit < HIDDEN)
+    return row * HIDDEN + unit, (row < ROWS) & is_unit, unit, is_unit
+
+
+@triton.jit
+def step_kernel(
+    given_ptr,
+    vectors_ptr,
+    partials_ptr,
+    sums_ptr,
+    out_ptr,
+    eps,
+    partials: tl.constexpr,
+    merge: tl.constexpr,
+    update: tl.constexpr,
+    grad_local: tl.constexpr,
+    grad_finish: tl.constexpr,
+    companions: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    STATS: tl.constexpr,
+    SUMS: tl.constexpr,
+    EARLY: tl.constexpr,
+    COMPANIONS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Take one step forward and one back.
+
+    Args:
+        given_ptr: [BLOCKS + 3, ROWS, HIDDEN] z of every block, c before the step, dh, dc.
+        vectors_ptr: [VECTORS, HIDDEN].
+        partials_ptr: [PARTIALS, ROWS, SLICES] space for the row sums of a step forward.
+        sums_ptr: [SUMS, ROWS, SLICES] likewise, of a step back.
+        out_ptr: [·, ROWS, HIDDEN] h, c, dc of the step before, the shares of the vectors' gradients, dz of the early
+            blocks, dz of the late ones, the same less the companions times the sums.
+        eps: ε of the cell.
+    """
+    SIZE: tl.constexpr = ROWS * HIDDEN
+    ROW_SIZE: tl.constexpr = ROWS * SLICES
+    row = tl.arange(0, BLOCK_R)
+    in_batch = row < ROWS
+    part_place = row[:, None] * SLICES + tl.arange(0, BLOCK_S)[None, :]
+    part_mask = in_batch[:, None] & (tl.arange(0, BLOCK_S) < SLICES)[None, :]
+    for slice in tl.static_range(SLICES):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        z = load_sums(given_ptr, place, SIZE, mask, BLOCKS)
+        count, counts = units_per_slice(slice, HIDDEN, UNITS, SLICES, BLOCK_S)
+        own = cell_partials(z, count, is_unit, partials, GATE_NORMS)
+        tl.static_assert(len(own) == PARTIALS, "partials: expected as many row sums as partial_rows says")
+        store_sums(partials_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
+    parts = load_sums(partials_ptr, part_place, ROW_SIZE, part_mask, PARTIALS)
+    stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
+    tl.static_assert(len(stats) == STATS, "merge: expected as many statistics as stats says")
+    waiting = ()
+    for slice in tl.static_range(SLICES):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 3)
+        z = given[:BLOCKS]
+        c_prev = given[BLOCKS]
+        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
+        h, c = cell_update(z, stats, c_prev, vectors, update, GATE_NORMS)
+        own, early, pending, dc_prev, shares = cell_grad_local(
+            *(z, stats, c, c_prev, given[BLOCKS + 1], given[BLOCKS + 2], vectors, is_unit, grad_local, GATE_NORMS)
+        )
+        tl.static_assert(len(own) == SUMS, "grad_local: expected as many row sums as grad_rows says")
+        tl.static_assert(len(early) == EARLY, "grad_local: expected as many dz as early has blocks")
+        tl.static_assert(len(shares) == VECTORS, "grad_local: expected a gradient for each block of the vectors")
+        store_sums(out_ptr, place, SIZE, (h, c, dc_prev) + shares + early, mask)
+        store_sums(sums_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
+        waiting = waiting + (pending,)
+    sums = add_slices(load_sums(sums_ptr, part_place, ROW_SIZE, part_mask, SUMS))
+    zeros = ()
+    for k in tl.static_range(SUMS):
+        zeros = zeros + (tl.zeros_like(sums[k]),)
+    for slice in tl.static_range(SLICES):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        late = cell_grad_finish(waiting[slice], stats, sums, HIDDEN, grad_finish, GATE_NORMS)
+        tl.static_assert(len(late) == BLOCKS - EARLY, "grad_finish: expected as many dz as late has blocks")
+        without = cell_grad_finish(waiting[slice], stats, zeros, HIDDEN, grad_finish, GATE_NORMS)
+        z = load_sums(given_ptr, place, SIZE, mask, BLOCKS)
+        tiles = cell_companions(z, stats, is_unit, HIDDEN, companions, GATE_NORMS)
+        tl.static_assert(len(tiles) == COMPANIONS, "companions: expected as many tiles as companion_gates")
+        products = ()
+        for k in tl.static_range(len(tiles)):
+            products = products + (tiles[k] * sums[k][:, None],)
+        first = 3 + VECTORS + BLOCKS - len(late)
+        store_sums(out_ptr + first * SIZE, place, SIZE, late + without + products, mask)
