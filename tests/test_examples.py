@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ import typer
 from typer.testing import CliRunner
 
 from novolstm_triton.app.bytemodel import ByteModel, load_model
+from novolstm_triton.cells import CELLS
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
 
-def load(name: str) -> ModuleType:
+def load(name: str, folder: pathlib.Path = EXAMPLES) -> ModuleType:
     """Return an example as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -179,8 +181,38 @@ def test_byte_generator_says_what_is_wrong_with_a_request(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def shown_on(page: str) -> list[str]:
+    """Return what a page of the documentation shows as the output of programs."""
+    text = (EXAMPLES.parent / "docs" / f"{page}.md").read_text()
+    return re.findall(r"^```text\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
 def test_race_is_found_as_the_documentation_shows(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    page = (EXAMPLES.parent / "docs" / "testing.md").read_text()
-    (shown,) = re.findall(r"^```text\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    (shown,) = shown_on("testing")
     assert re.sub(r"\S*find_a_race.py", "examples/find_a_race.py", run(load("find_a_race"))) == shown
+
+
+def test_custom_cell_learns_and_passes_the_check_as_the_documentation_shows(capsys):
+    with mock.patch.dict(CELLS):
+        load("custom_cell").main()
+    output = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^update +\d+: loss (\S+)$", output, flags=re.MULTILINE)]
+    assert losses[-1] < losses[0] / 10
+
+    def parts(text: str) -> list[str]:
+        # Which array is nearest to its bound depends on the processor.
+        return re.findall(r"^(cell .*|  .*?): .*, bound", text, flags=re.MULTILINE)
+
+    assert parts(output) == parts(shown_on("own_cell")[0])
+
+
+def test_mistake_in_the_custom_cell_is_found_as_the_documentation_shows(tmp_path):
+    source = (EXAMPLES / "custom_cell.py").read_text()
+    line = "    dh += dc\n"
+    assert source.count(line) == 1
+    (tmp_path / "mistaken_cell.py").write_text(source.replace(line, ""))
+    mistaken = load("mistaken_cell", tmp_path)
+    with mock.patch.dict(CELLS), pytest.raises(AssertionError) as error:
+        mistaken.check_cell(mistaken.JANET)
+    assert f"{error.value}\n" == shown_on("own_cell")[1]
