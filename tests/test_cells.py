@@ -79,6 +79,7 @@ ORACLES: dict[str, Callable[..., tuple]] = {
     "peephole": in_onnx,
     "elman_tanh": functools.partial(in_pytorch, nn.RNN),
     "elman_relu": functools.partial(in_pytorch, functools.partial(nn.RNN, nonlinearity="relu")),
+    "gru": functools.partial(in_pytorch, nn.GRU),
 }
 """Who else computes what a cell does."""
 
