@@ -157,6 +157,7 @@ def recurrence(
     *,
     weight_hr: Tensor | None = None,
     eps: float | None = None,
+    gate_gain: float = 1.0,
     lengths: Tensor | None = None,
     reverse: bool = False,
     h_mask: Tensor | None = None,
@@ -178,6 +179,7 @@ def recurrence(
         vectors: the cell's vectors, [V·H] each for its V blocks.
         weight_hr: [P, H] projection of the hidden state, or None; for cells with two states.
         eps: ε of the layer normalisations; None means the cell's own.
+        gate_gain: constant factor on those blocks of the vectors that the cell calls `gained`.
         lengths: [B] integer number of valid steps of each row, or None.
         reverse: walk from the last step to the first.
         h_mask: [B, H] mask of recurrent dropout.
@@ -209,7 +211,7 @@ def recurrence(
         zoneout_mask = (zoneout_mask & 1) * 3 if isinstance(zoneout_mask, Tensor) else zoneout_mask
     given = (x, h_0, c_0, weight_ih, weight_hh, bias, *vectors)
     extras = (lengths, h_mask, zoneout_mask, weight_hr)
-    y, *states = _layer(cell, given, extras, eps, 1.0, zoneout, reverse, backend)
+    y, *states = _layer(cell, given, extras, eps, gate_gain, zoneout, reverse, backend)
     return y, tuple(states[: len(cell.states)])
 
 

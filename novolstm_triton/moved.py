@@ -18,12 +18,19 @@ MOVED = {
     "launch": "engines.launch",
     "measure": "app.measure",
     "model_copy": "convert.copies",
+    "module": "",
     "onnx_export": "engines.onnx",
     "plan": "plans",
+    "ragged": "layers.ragged",
+    "recurrent": "layers.recurrent",
     "reference": "engines.reference",
     "references": "convert.references",
+    "regularisers": "layers.regularisers",
+    "sample_gradients": "layers.per_sample",
+    "single_step": "",
     "streams": "engines.streams",
     "text": "app.text",
+    "torch_lstm": "layers.torch_lstm",
     "train": "app.train",
     "tune": "app.tune",
     "tuned": "plans.tuned",
@@ -43,7 +50,7 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         package, _, name = module.__name__.partition(".")
         # The import system returns what stands here afterwards.
-        sys.modules[module.__name__] = importlib.import_module(f"{package}.{MOVED[name]}")
+        sys.modules[module.__name__] = importlib.import_module(f".{MOVED[name]}", package)
 
 
 def install() -> None:

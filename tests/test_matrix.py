@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from novolstm_triton import NovoLSTM
 from novolstm_triton.cells import CELLS, VARIANTS
 from novolstm_triton.engines import reference
+from novolstm_triton.layers.recurrent import State
 from novolstm_triton.problems import NOVOLSTM
-from novolstm_triton.recurrent import State
 
 from .support.selection import covering
 from .support.twins import NO_ONEDNN, assert_close, differentiate, lstm_like, running_on

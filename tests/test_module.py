@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from novolstm_triton import LSTM, NovoLSTM, regularisers
+from novolstm_triton import LSTM, NovoLSTM
+from novolstm_triton.layers import regularisers
 
 from .support.layers import B, H, I, T, both, layer, sequence
 from .support.twins import NO_ONEDNN, differentiate
@@ -131,7 +132,7 @@ def test_masks_are_drawn_once_per_layer_and_call_in_training(kind, option, shape
     for name in ("draw_dropout_mask", "draw_zoneout_mask"):
         draw = getattr(regularisers, name)
         recording = lambda *a, draw=draw: drawn.append(draw(*a)) or drawn[-1]  # noqa: E731
-        monkeypatch.setattr(f"novolstm_triton.module.{name}", recording)
+        monkeypatch.setattr(f"novolstm_triton.layers.layer.{name}", recording)
     masked, x = layer(kind, num_layers=2, bidirectional=True, **{option: 0.5}), sequence()
     assert not torch.equal(masked(x)[0], masked(x)[0])
     assert [tuple(mask.shape) for mask in drawn] == [shape] * 4

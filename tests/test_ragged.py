@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from novolstm_triton import LSTM, NovoLSTM
-from novolstm_triton.ragged import cut
+from novolstm_triton.layers.ragged import cut
 
 from .support.layers import B, H, I, T, both, layer, sequence, states
 

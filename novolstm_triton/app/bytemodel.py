@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from novolstm_triton import pytorch
 from novolstm_triton.checks import check_finite, check_int
 from novolstm_triton.files import check_path, check_regular, strict_json
-from novolstm_triton.module import NovoLSTM
-from novolstm_triton.recurrent import check_positive
+from novolstm_triton.layers.novolstm import NovoLSTM
+from novolstm_triton.layers.recurrent import check_positive
 
 CELLS = ("novolstm", "lstm")
 """Recurrent layers that a model may have."""

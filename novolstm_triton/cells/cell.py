@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,8 +73,29 @@ class Cell:
     no_kernels: str = ""
     """Why there are none, for the message."""
 
+    recurrent: int = dataclasses.field(init=False, compare=False)
+    """How many blocks, from the first, h feeds."""
+    first_input: int = dataclasses.field(init=False, compare=False)
+    """The first block that x feeds; x feeds all after it."""
+    inputs: int = dataclasses.field(init=False, compare=False)
+    """How many blocks x feeds."""
+    vector_blocks: int = dataclasses.field(init=False, compare=False)
+    """How many blocks the vectors have in all."""
+    module: str = dataclasses.field(init=False, compare=False)
+    """The module that made it, from which a pickle gets it again."""
+
     def __post_init__(self) -> None:
         """Check what can be checked without running it."""
+        # The caller of the constructor, as `collections.namedtuple` finds it.
+        known = dict(
+            module=sys._getframe(2).f_globals.get("__name__", "__main__"),
+            recurrent=sum(block.recurrent for block in self.blocks),
+            first_input=sum(not block.input for block in self.blocks),
+            inputs=sum(block.input for block in self.blocks),
+            vector_blocks=sum(len(vector.blocks) for vector in self.vectors),
+        )
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
         if not self.name.isidentifier():
             raise ValueError(f"name: expected letters, digits and underscores, got {self.name!r}")
         if self.states not in (("h", "c"), ("h",)):
@@ -103,26 +125,6 @@ class Cell:
     def gates(self) -> tuple[str, ...]:
         """The names of the blocks."""
         return tuple(block.name for block in self.blocks)
-
-    @property
-    def recurrent(self) -> int:
-        """How many blocks, from the first, h feeds."""
-        return sum(block.recurrent for block in self.blocks)
-
-    @property
-    def first_input(self) -> int:
-        """The first block that x feeds; x feeds all after it."""
-        return sum(not block.input for block in self.blocks)
-
-    @property
-    def inputs(self) -> int:
-        """How many blocks x feeds."""
-        return len(self.blocks) - self.first_input
-
-    @property
-    def vector_blocks(self) -> int:
-        """How many blocks the vectors have in all."""
-        return sum(len(vector.blocks) for vector in self.vectors)
 
     def shapes(self, features: int, hidden: int, bias: bool = True, projected: int = 0) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a module's parameters by their names without suffix, in the order of registration.
@@ -174,6 +176,14 @@ class Cell:
         module, _, name = self.kernels.partition(":")
         return getattr(importlib.import_module(module), name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the cell as the module that made it and its name: functions on tiles cannot be pickled."""
+        return find, (self.module, self.name)
+
+    def __deepcopy__(self, memo: Any) -> Cell:
+        """Return the cell itself, which does not change."""
+        return self
+
 
 CELLS: dict[str, Cell] = {}
 """Every cell by its name: those of the package, and a user's own once a module or function has been given it."""
@@ -191,3 +201,17 @@ def register(cell: Cell) -> Cell:
     if CELLS.setdefault(cell.name, cell) != cell:
         raise ValueError(f"cell: there is another cell of the name {cell.name!r}: choose a name of its own")
     return cell
+
+
+def find(module: str, name: str) -> Cell:
+    """Return the cell of a name that a module makes when it is imported.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+        ValueError: it has no such cell.
+    """
+    made = vars(importlib.import_module(module)).values()
+    for cell in (*made, *CELLS.values()):
+        if isinstance(cell, Cell) and cell.name == name:
+            return cell
+    raise ValueError(f"cell: {module} makes none of the name {name!r}")

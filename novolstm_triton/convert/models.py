@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from novolstm_triton import pytorch
 from novolstm_triton.convert.copies import copied
 from novolstm_triton.convert.references import References
-from novolstm_triton.module import LSTM, NovoLSTM
-from novolstm_triton.recurrent import Recurrent
-from novolstm_triton.single_step import SingleCell
-from novolstm_triton.torch_lstm import TorchLSTM
+from novolstm_triton.layers.lstm import LSTM
+from novolstm_triton.layers.novolstm import NovoLSTM
+from novolstm_triton.layers.recurrent import Recurrent
+from novolstm_triton.layers.single_step import RecurrentCell
+from novolstm_triton.layers.torch_lstm import TorchLSTM
 from novolstm_triton.weights import check_fixed
 from novolstm_triton.weights.torch import (
     FIXED,
@@ -221,7 +222,7 @@ def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], refer
         return "is one already"
     if isinstance(module, NovoLSTM):
         return "computes something else than an LSTM"
-    if isinstance(module, (pytorch.RNNCellBase, SingleCell)):
+    if isinstance(module, (pytorch.RNNCellBase, RecurrentCell)):
         return "a cell, which takes single steps"
     if not isinstance(module, (pytorch.LSTM, LSTM)):
         return "no LSTM"

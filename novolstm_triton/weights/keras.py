@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.recurrent import layer_weights, with_one_bias
+from novolstm_triton.layers.recurrent import engine_weights, layer_weights
 from novolstm_triton.weights import check_fixed
 from novolstm_triton.weights.keras_files import read_layer
 
 if TYPE_CHECKING:
-    from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
+    from novolstm_triton.layers.layer import RecurrentLayer
+    from novolstm_triton.layers.lstm import LSTM
+    from novolstm_triton.layers.novolstm import NovoLSTM
 
 KERAS_EPS = 1e-3
 """Default ε of Keras's LayerNormalization."""
@@ -229,7 +231,8 @@ def _check_counterpart(layer: "RecurrentLayer") -> None:
 def _own_weights(layer: "RecurrentLayer") -> list[dict[str, Any]]:
     suffixes = ("_l0", "_l0_reverse") if layer.bidirectional else ("_l0",)
     with torch.no_grad():
-        return [with_one_bias(layer_weights(layer, suffix)) for suffix in suffixes]
+        given = [layer_weights(layer, suffix) for suffix in suffixes]
+        return [own | engine_weights(layer._cell, own) for own in given]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

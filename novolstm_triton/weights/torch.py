@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from novolstm_triton import pytorch
-from novolstm_triton.recurrent import Recurrent
+from novolstm_triton.layers.recurrent import Recurrent
 from novolstm_triton.weights import check_fixed
 
 if TYPE_CHECKING:
-    from novolstm_triton.module import LSTM, NovoLSTM
+    from novolstm_triton.layers.lstm import LSTM
+    from novolstm_triton.layers.novolstm import NovoLSTM
 
 _SIZES = ("num_layers", "bias", "batch_first", "bidirectional", "proj_size")
 FIXED = ("input_size", "hidden_size", *_SIZES, "dropout", "device", "dtype")

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from novolstm_triton import pytorch
-from novolstm_triton.cells import CELLS
-from novolstm_triton.module import LSTM
-from novolstm_triton.recurrent import State, check_backend
+from novolstm_triton.layers.lstm import LSTM
+from novolstm_triton.layers.recurrent import State, check_backend
 
 _EAGER: list[Callable[..., Any]] = []
 """LSTM's forward, left alone by torch.compile, once it was needed: to make it imports Dynamo, which takes seconds."""
@@ -75,7 +74,7 @@ class TorchLSTM(LSTM, pytorch.LSTM):
         check_backend(backend)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         pytorch.LSTM.__init__(self, *sizes, device=device, dtype=dtype)
-        self._parameter_names = tuple(CELLS["lstm"].shapes(input_size, hidden_size, bias, proj_size))
+        self._parameter_names = tuple(self._cell.shapes(input_size, hidden_size, bias, proj_size))
         self._built = (num_layers, bidirectional, bias)
         self._set_regularisers(recurrent_dropout, zoneout_h, zoneout_c)
         self.backend = backend

@@ -56,34 +56,36 @@ class Rows:
             return None
         return cls(ordered, steps, torch.arange(steps, device=lengths.device) * batch, order, buckets)
 
-    def run(self, layers: Callable[..., Any], data: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def run(
+        self, layers: Callable[..., Any], data: Tensor, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run layers over the rows, bucket by bucket.
 
         Args:
-            layers: takes x [T, B, I], its state and its lengths; returns y [T, B, P] and the new state.
+            layers: takes x [T, B, I], its states and its lengths; returns y [T, B, P] and the new states.
             data: [N, I], the steps of all rows.
-            hx: (h_0 [L, B, P], c_0 [L, B, H]), rows in the order of length, or None.
+            states: [L, B, ·] each, rows in the order of length, or None.
 
         Returns:
-            y [N, P], zero where no row has a step, and (h_n, c_n), rows in the order of length.
+            y [N, P], zero where no row has a step, and the states after it, rows in the order of length.
         """
-        outputs, places, states = [], [], []
-        for first, last in self.buckets:
-            own, rows = self.lengths[first:last], last - first
+        outputs, places, last = [], [], []
+        for first, end in self.buckets:
+            own, rows = self.lengths[first:end], end - first
             # A row without steps has its state, and so needs a step that is padding.
             steps = self.steps if len(self.buckets) == 1 else max(1, int(own[0]))
             t, row = (torch.arange(steps, device=own.device).unsqueeze(1) < own).nonzero().unbind(1)
             slots = (t * rows + row).to(data.device)
             place = (self.offsets[t] + self.order[first + row]).to(data.device)
             x = data.new_zeros(steps * rows, data.shape[1]).index_copy(0, slots, data.index_select(0, place))
-            h_c = None if hx is None else tuple(s[:, first:last] for s in hx)
-            y, state = layers(x.view(steps, rows, data.shape[1]), h_c, own)
+            before = None if states is None else tuple(s[:, first:end] for s in states)
+            y, after = layers(x.view(steps, rows, data.shape[1]), before, own)
             outputs.append(y.flatten(0, 1).index_select(0, slots))
             places.append(place)
-            states.append(state)
+            last.append(after)
         y = torch.cat(outputs)
-        h_n, c_n = (torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
-        return y.new_zeros(data.shape[0], y.shape[1]).index_copy(0, torch.cat(places), y), (h_n, c_n)
+        after = tuple(torch.cat(parts, dim=1) for parts in zip(*last, strict=True))
+        return y.new_zeros(data.shape[0], y.shape[1]).index_copy(0, torch.cat(places), y), after
 
 
 def cut(lengths: Tensor) -> list[tuple[int, int]]:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton.module import LSTM, NovoLSTM, RecurrentLayer
-from novolstm_triton.recurrent import Recurrent, State, layer_weights
-from novolstm_triton.single_step import LSTMCell, NovoLSTMCell, SingleCell
+from novolstm_triton.layers.layer import RecurrentLayer
+from novolstm_triton.layers.lstm import LSTM, LSTMCell
+from novolstm_triton.layers.novolstm import NovoLSTM, NovoLSTMCell
+from novolstm_triton.layers.recurrent import Recurrent, State, layer_weights
+from novolstm_triton.layers.single_step import RecurrentCell
 from novolstm_triton.validation import check_lengths
 
 
@@ -128,13 +130,13 @@ class _PerSampleLayer(_PerSample, RecurrentLayer):
         return rows.split(sizes, 1)
 
 
-class _PerSampleCell(_PerSample, SingleCell):
+class _PerSampleCell(_PerSample, RecurrentCell):
     def _call_with_rows(self, input: Any, hx: State | None = None) -> Any:
         if not isinstance(input, Tensor) or input.dim() != 2:
             self._refuse("expected a batched input Tensor, [B, I]")
         state = input.new_zeros(len(input), self.hidden_size)
         h, c = (state, state) if hx is None else self._check_state(hx, True)
-        self._check(input, h, c, layer_weights(self, "")["weight_ih"])
+        self._check(input, (h, c), layer_weights(self, "")["weight_ih"])
         rows = torch.cat((input, h, c), 1)
         return nn.Module.__call__(self, rows.reshape(len(rows), 1, 1, -1)).chunk(2, 1)
 

@@ -1,6 +1,8 @@
 """What layers and single cells have in common as modules: parameters, options, checks, and the call of a function."""
 
+import inspect
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -8,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
-from novolstm_triton.call import Call, Options
-from novolstm_triton.cells import CELLS, novolstm_cell
-from novolstm_triton.checks import check_dense, check_finite
+from novolstm_triton.cells import Cell, register
+from novolstm_triton.checks import check_dense
 from novolstm_triton.engines import reference
-from novolstm_triton.functional import BACKENDS, lstm, novolstm
+from novolstm_triton.functional import BACKENDS, recurrence
 from novolstm_triton.validation import autocast_is_on
 
 State = tuple[Tensor, Tensor]
 """(h, c)."""
+
+States = tuple[Tensor, ...]
+"""The states of a cell: (h, c), or (h,)."""
 
 
 class Recurrent(nn.Module):
@@ -25,8 +29,11 @@ class Recurrent(nn.Module):
     _parameter_names: tuple[str, ...]
     """Names of the cell's parameters without suffix, in the order of registration."""
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool, backend: str) -> None:
+    _cell: Cell
+
+    def __init__(self, cell: Cell, input_size: int, hidden_size: int, bias: bool, backend: str) -> None:
         super().__init__()
+        self._cell = register(cell)
         check_bool(bias=bias)
         check_positive(input_size=input_size, hidden_size=hidden_size)
         check_backend(backend)
@@ -65,99 +72,75 @@ class Recurrent(nn.Module):
         return tracer.call_module(self, record, args, kwargs)
 
     def reset_parameters(self) -> None:
-        """Draw weights and biases from U(−1/√H, 1/√H); set layer normalisations to the identity."""
+        """Draw weights and biases from U(−1/√H, 1/√H); set vectors with a value to start from, like γ and β, to it."""
         bound = 1.0 / math.sqrt(self.hidden_size)
+        initial = {vector.name: vector.initial for vector in self._cell.vectors}
         for name, parameter in self.named_parameters():
-            if name.startswith("ln_weight"):
-                nn.init.ones_(parameter)
-            elif name.startswith("ln_bias"):
-                nn.init.zeros_(parameter)
-            else:
+            value = initial.get(re.sub(r"_l\d+(_reverse)?$", "", name))
+            if value is None:
                 nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.constant_(parameter, value)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments, leaving out defaults, like PyTorch's own recurrent modules."""
         shown = [f"{name}={getattr(self, name)!r}" for name, value in self._defaults() if getattr(self, name) != value]
-        return ", ".join([str(self.input_size), str(self.hidden_size), *shown])
+        # What takes any cell says which one it has.
+        cell = [self._cell.name] if "cell" in inspect.signature(type(self)).parameters else []
+        return ", ".join([*cell, str(self.input_size), str(self.hidden_size), *shown])
 
     def _defaults(self) -> Iterator[tuple[str, Any]]:
         """Yield the constructor's options and their defaults, in the order in which they are shown."""
         yield from {"bias": True, "backend": "auto"}.items()
 
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Call the cell's function over x [T, B, I]."""
-        raise NotImplementedError
+    def _numbers(self) -> dict[str, float]:
+        """Return the numbers among the cell's options, `eps` and `gate_gain`, that the module has."""
+        return {}
 
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
+    def _call(
+        self, x: Tensor, states: States | None, weights: dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, States]:
+        """Run the cell over x [T, B, I]; return y and the states after it."""
+        own = engine_weights(self._cell, weights)
+        vectors = [weights[vector.name] for vector in self._cell.vectors]
+        weight_hr = weights.get("weight_hr")
+        return recurrence(
+            self._cell, x, states, **own, vectors=vectors, weight_hr=weight_hr, **self._numbers(), **options
+        )
+
+    def _step(self, x: Tensor, states: States | None, weights: dict[str, Tensor]) -> States:
         """Take a single step of x [B, I] in PyTorch's own operators, differentiable by autograd."""
-        raise NotImplementedError
+        cell = self._cell
+        if states is None:
+            states = (x.new_zeros(x.shape[0], self.hidden_size),) * len(cell.states)
+        own = engine_weights(cell, weights)
+        bias = own["bias"]
+        if bias is None:
+            bias = x.new_zeros(len(cell.blocks) * self.hidden_size)
+        vectors = [block for vector in cell.vectors for block in weights[vector.name].chunk(len(vector.blocks))]
+        numbers = self._numbers()
+        for block in cell.gained if numbers.get("gate_gain", 1.0) != 1.0 else ():
+            vectors[block] = vectors[block] * numbers["gate_gain"]
+        given = reference.Weights(own["weight_ih"], own["weight_hh"], bias, tuple(vectors))
+        return reference.step(x, states[0], states[-1], given, cell, numbers.get("eps", cell.eps))[: len(cell.states)]
 
-
-class LSTMFunction(Recurrent):
-    """A module around the plain LSTM."""
-
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return lstm(x, h_0, c_0, **with_one_bias(weights), **options)
-
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
-        if h is None or c is None:
-            h = c = x.new_zeros(x.shape[0], self.hidden_size)
-        biases = weights.get("bias_ih"), weights.get("bias_hh")
-        return torch.lstm_cell(x, (h, c), weights["weight_ih"], weights["weight_hh"], *biases)
-
-
-class NovoLSTMFunction(Recurrent):
-    """A module around NovoLSTM's cell, with its options."""
-
-    def _set_options(self, variant: str, layer_norm: str, ln_eps: float | None, gate_gain: float | str) -> None:
-        """Keep the options of the cell.
+    def _tuple_of(self, hx: Any) -> States:
+        """Return the states that a caller gives: a tuple of them, or a single tensor if the cell has one.
 
         Raises:
-            TypeError: an option of the wrong type.
-            ValueError: an option out of range.
+            TypeError: it is something else, or holds something else than ordinary tensors.
         """
-        cell = CELLS[novolstm_cell(variant, layer_norm)]
-        expected = 'a finite number or "hidden"'
-        if isinstance(gate_gain, str):
-            if gate_gain != "hidden":
-                raise ValueError(f"gate_gain: expected {expected}, got {gate_gain!r}")
-        else:
-            check_finite(gate_gain, "gate_gain", expected)
-        self.variant = variant
-        self.layer_norm = layer_norm
-        self.ln_eps = (
-            cell.eps if ln_eps is None else check_finite(ln_eps, "ln_eps", "a positive finite number", above=0)
-        )
-        self.gate_gain = gate_gain
+        if self._cell.states == ("h",):
+            if not isinstance(hx, Tensor):
+                raise TypeError(f"{type(self).__name__}: expected the state hx to be a Tensor, got {_described(hx)}")
+            check_dense(hx, "hx")
+            return (hx,)
+        check_pair(self, hx)
+        return tuple(hx)
 
-    def _defaults(self) -> Iterator[tuple[str, Any]]:
-        yield from super()._defaults()
-        yield from {"variant": "formula", "layer_norm": "input_gate"}.items()
-        yield "ln_eps", CELLS[novolstm_cell(self.variant, self.layer_norm)].eps
-        yield "gate_gain", 1.0
-
-    def _call(
-        self, x: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: dict[str, Tensor], **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        own = dict(eps=self.ln_eps, gate_gain=self._gain(), variant=self.variant, layer_norm=self.layer_norm)
-        return novolstm(x, h_0, c_0, **with_one_bias(weights), **own, **options)
-
-    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None, weights: dict[str, Tensor]) -> State:
-        if h is None or c is None:
-            h = c = x.new_zeros(x.shape[0], self.hidden_size)
-        own = with_one_bias(weights)
-        bias = x.new_zeros(own["weight_ih"].shape[0]) if own["bias"] is None else own["bias"]
-        cell, options = CELLS[novolstm_cell(self.variant, self.layer_norm)], Options(self.ln_eps, self._gain())
-        vectors = torch.cat((own["ln_weight"], own["ln_bias"]))
-        call = Call(cell, x, h, c, own["weight_ih"], own["weight_hh"], bias, vectors, options)
-        return reference.step(x, h, c, reference.weights_of(call), cell, self.ln_eps)
-
-    def _gain(self) -> float:
-        return float(self.hidden_size if self.gate_gain == "hidden" else self.gate_gain)
+    def _shown(self, states: States) -> Any:
+        """Return states as a caller gets them."""
+        return states if "c" in self._cell.states else states[0]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def layer_weights(module: Recurrent, suffix: str) -> dict[str, Tensor]:
@@ -170,16 +153,28 @@ def layer_weights(module: Recurrent, suffix: str) -> dict[str, Tensor]:
     return {name: w for name, w in read.items() if w is not None}
 
 
-def with_one_bias(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Return a layer's weights as the functions' keyword arguments: the two biases added, or None."""
-    others = {name: w for name, w in weights.items() if not name.startswith("bias_")}
+def engine_weights(cell: Cell, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return weight_ih, weight_hh and one bias, or None, in the order of the cell's blocks, of a module's weights."""
+    weight_ih, weight_hh = weights["weight_ih"], weights["weight_hh"]
+    lead = weight_ih.dim() - 2
+    return dict(weight_ih=weight_ih, weight_hh=cell.in_order(weight_hh, lead), bias=with_one_bias(cell, weights))
+
+
+def with_one_bias(cell: Cell, weights: dict[str, Tensor]) -> Tensor | None:
+    """Return the sum of both biases [G·H], in the order of the cell's blocks, or None if there are none.
+
+    A block that only x feeds has only an input bias, one that only h feeds only a recurrent one.
+    """
     bias, recurrent = weights.get("bias_ih"), weights.get("bias_hh")
-    if bias is not None and recurrent is not None:
-        missing = bias.shape[-1] - recurrent.shape[-1]
-        recurrent = nn.functional.pad(recurrent, (0, missing)) if missing else recurrent
-        # The sum of two stacks would pass them one gradient, of which all biases' would be parts, two by two the same.
-        bias = torch.stack([*map(torch.add, bias, recurrent)]) if bias.dim() == 2 else bias + recurrent
-    return others | {"bias": bias}
+    if bias is None or recurrent is None:
+        return bias
+    recurrent = cell.in_order(recurrent, bias.dim() - 1)
+    hidden = bias.shape[-1] // cell.inputs
+    alone, missing = cell.first_input * hidden, (len(cell.blocks) - cell.recurrent) * hidden
+    bias = nn.functional.pad(bias, (alone, 0)) if alone else bias
+    recurrent = nn.functional.pad(recurrent, (0, missing)) if missing else recurrent
+    # The sum of two stacks would pass them one gradient, of which all biases' would be parts, two by two the same.
+    return torch.stack([*map(torch.add, bias, recurrent)]) if bias.dim() == 2 else bias + recurrent
 
 
 def check_sizes(weights: dict[str, Any], hidden_size: int, proj_size: int = 0) -> None:
@@ -234,14 +229,17 @@ def check_pair(owner: nn.Module, hx: Any) -> None:
         check_dense(state, f"hx[{position}]")
 
 
-def check_state_ranks(hx: Sequence[Tensor], rank: int, batched: bool) -> None:
-    """Raise RuntimeError, in nn.LSTM's words, unless both states have the rank of the input."""
-    if any(s.dim() != rank for s in hx):
-        kind = "batched" if batched else "unbatched"
-        raise RuntimeError(
-            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-        )
+def check_state_ranks(states: Sequence[Tensor], rank: int, batched: bool) -> None:
+    """Raise RuntimeError, in PyTorch's words, unless all states have the rank of the input."""
+    if all(s.dim() == rank for s in states):
+        return
+    kind = "batched" if batched else "unbatched"
+    if len(states) == 1:
+        raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {states[0].dim()}-D tensor")
+    raise RuntimeError(
+        f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+        f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+    )
 
 
 def check_device(x: Tensor, kind: str, tensor: Tensor) -> None:
