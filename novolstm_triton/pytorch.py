@@ -4,6 +4,6 @@ A program may put `torch.nn.LSTM = novolstm_triton.LSTM` before its other import
 time, is no longer PyTorch's. Code that means PyTorch's own takes it from here.
 """
 
-from torch.nn import LSTM, LSTMCell, RNNBase, RNNCellBase
+from torch.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNBase, RNNCell, RNNCellBase
 
-__all__ = ["LSTM", "LSTMCell", "RNNBase", "RNNCellBase"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNBase", "RNNCell", "RNNCellBase"]

@@ -215,6 +215,12 @@ def check_bool(**flags: Any) -> None:
             raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
+def check_no_projection(proj_size: Any) -> None:
+    """Raise ValueError, in PyTorch's words, if a layer that has no projection is given one's size."""
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
 def check_backend(backend: Any) -> None:
     """Raise ValueError unless there is a backend of this name."""
     if backend not in BACKENDS:

@@ -1,0 +1,103 @@
+"""Drop-ins for PyTorch's GRU: `GRU` and `GRUCell`."""
+
+import torch
+from torch import Tensor
+
+from novolstm_triton.cells.gru import GRU as CELL
+from novolstm_triton.layers.layer import RecurrentLayer
+from novolstm_triton.layers.recurrent import Recurrent, States, check_no_projection
+from novolstm_triton.layers.single_step import RecurrentCell
+
+
+class _Steps(Recurrent):
+    """Single steps by PyTorch's own operator."""
+
+    _cell = CELL
+
+    def _step(self, x: Tensor, states: States | None, weights: dict[str, Tensor]) -> States:
+        (h,) = (x.new_zeros(x.shape[0], self.hidden_size),) if states is None else states
+        biases = weights.get("bias_ih"), weights.get("bias_hh")
+        return (torch.gru_cell(x, h, weights["weight_ih"], weights["weight_hh"], *biases),)
+
+
+class GRU(_Steps, RecurrentLayer):
+    r"""A drop-in for `torch.nn.GRU`: the same function, parameters and call, on this library's engine.
+
+    Args:
+        input_size: number of features of the input.
+        hidden_size: number of units H.
+        num_layers: number of stacked layers.
+        bias: with False, no bias_ih and bias_hh.
+        batch_first: input and output are [B, T, ·] instead of [T, B, ·]. States keep their shape.
+        dropout: probability of the dropout after every layer but the last.
+        bidirectional: run every layer in both directions and concatenate their outputs.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+        proj_size: refused, as nn.GRU does.
+        recurrent_dropout: probability with which a unit of h is dropped on its way to weight_hh, by one mask per
+            sequence, in training.
+        zoneout_h: probability with which a unit of h keeps its value in a step, in training; else the expectation.
+        backend: "auto", "reference", "torch" or "triton"; see `novolstm_triton.functional.novolstm`.
+
+    Parameters, names and shapes are nn.GRU's, rows in blocks r|z|n, so that `load_state_dict` takes those of an nn.GRU.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range.
+    """
+
+    mode = "GRU"
+    """What nn.GRU calls its cell, for code that asks which states there are."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: None = None,
+        recurrent_dropout: float = 0.0,
+        zoneout_h: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        check_no_projection(proj_size)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
+        options = dict(recurrent_dropout=recurrent_dropout, zoneout_h=zoneout_h)
+        super().__init__(CELL, *sizes, device, dtype, **options, backend=backend)
+
+
+class GRUCell(_Steps, RecurrentCell):
+    r"""A drop-in for `torch.nn.GRUCell`: the same function, parameters and call, on this library's engine.
+
+    Args:
+        input_size: number of features of the input.
+        hidden_size: number of units H.
+        bias: with False, bias_ih and bias_hh are None.
+        device: where the parameters live.
+        dtype: dtype of the parameters.
+        backend: "auto", "reference", "torch" or "triton"; see `novolstm_triton.functional.novolstm`.
+
+    Parameters, names and shapes are nn.GRUCell's, so that `load_state_dict` takes those of an nn.GRUCell.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(CELL, input_size, hidden_size, bias, device, dtype, backend=backend)
