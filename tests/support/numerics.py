@@ -30,7 +30,9 @@ class Operands:
     """A problem's inputs and outgoing gradients by their names, to be changed in place, in float64."""
 
     def __init__(self, problem: "Extreme", inputs: list[Tensor], grads: list[Tensor]) -> None:
-        self.all = dict(zip((*problem.input_names, *GRADS), (*inputs, *grads), strict=True))
+        self.grads = GRADS[: len(grads)]
+        self.all = dict(zip((*problem.input_names, *self.grads), (*inputs, *grads), strict=True))
+        self._vectors = [vector.name for vector in CELLS[problem.cell].vectors]
         self.dtype, self.hidden = problem.dtype, problem.hidden
         self._gates = CELLS[problem.cell].gates
         self._generator = torch.Generator().manual_seed(17)
@@ -58,9 +60,9 @@ class Operands:
 
     def reorder(self, order: Tensor) -> None:
         """Put the units of everything that has units into another order."""
-        for name in ("h_0", "c_0", "weight_hh", *GRADS):
+        for name in self.all.keys() & {"h_0", "c_0", "weight_hh", *GRADS}:
             self.all[name] = self.all[name][..., order]
-        for name in self.all.keys() & {"weight_ih", "weight_hh", "bias", "ln_weight", "ln_bias"}:
+        for name in ("weight_ih", "weight_hh", "bias", *self._vectors):
             self.all[name] = self.all[name].unflatten(0, (-1, self.hidden))[:, order].flatten(0, 1)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -138,7 +140,7 @@ def beta_large(a: Operands) -> None:
 
 
 def subnormal(a: Operands) -> None:
-    for name in ("x", "h_0", "c_0"):
+    for name in a.all.keys() & {"x", "h_0", "c_0"}:
         a[name].mul_(_TINY[a.dtype])
     a["bias"].zero_()
 
@@ -147,7 +149,7 @@ def huge(a: Operands) -> None:
     """The weights make up for it, so that the gates are where they usually are."""
     a["x"].mul_(_HUGE[a.dtype])
     a["weight_ih"].div_(_HUGE[a.dtype])
-    for name in GRADS:
+    for name in a.grads:
         a[name].mul_(0.1)
 
 
@@ -209,14 +211,17 @@ class Extreme(Problem):
         self.change(operands)
         if self.order:
             operands.reorder(torch.randperm(self.hidden, generator=torch.Generator().manual_seed(self.order)))
-        return [operands[name] for name in self.input_names], lengths, [operands[name] for name in GRADS]
+        return [operands[name] for name in self.input_names], lengths, [operands[name] for name in operands.grads]
 
 
-_ALL_CELLS = ("lstm", *NOVOLSTM)
+_GATED = ("coupled", "peephole", "gru")
+_OTHERS = (*_GATED, "elman_tanh", "elman_relu")
+"""Cells without sums over the units, besides the LSTM."""
+
 _WEIGHTS = ("grad x", "grad h_0", "grad weight_ih", "grad weight_hh", "grad bias")
 
 CASES = {
-    "some gates saturated": Case(some_saturated, _ALL_CELLS),
+    "some gates saturated": Case(some_saturated, ("lstm", *NOVOLSTM, *_GATED, "elman_tanh")),
     "all gates saturated": Case(all_saturated, ("lstm", "formula", "notebook"), zero=_WEIGHTS),
     "some gates saturated, lengths": Case(some_saturated, lengths=True, sizes=(("steps", 5),)),
     "one-hot softmax": Case(one_hot),
@@ -235,9 +240,12 @@ CASES = {
     "γ = 0": Case(gamma_zero),
     "β about 1e3": Case(beta_large),
     "subnormal inputs": Case(
-        subnormal, ("lstm", "formula", "notebook"), dtypes=("fp32", "fp16"), zero=("grad ln_weight",)
+        subnormal,
+        ("lstm", "formula", "notebook", *_OTHERS),
+        dtypes=("fp32", "fp16"),
+        zero=("grad ln_weight", "grad weight_ch"),
     ),
-    "huge inputs": Case(huge, ("lstm", "formula", "notebook")),
+    "huge inputs": Case(huge, ("lstm", "formula", "notebook", *_OTHERS)),
     "huge pre-activations": Case(
         huge_preactivations, ("lstm", "formula", "notebook"), dtypes=("fp32", "bf16"), zero=_WEIGHTS
     ),
@@ -319,6 +327,38 @@ ROWS = [
 """The rows of the page's first table: case, cell, backend, dtype."""
 
 
+def _sigmoid(z: Any) -> Any:
+    return 1 / (1 + mpmath.exp(-z))
+
+
+def _coupled(z: list, c: Any, vectors: list) -> tuple[Any, Any]:
+    f = _sigmoid(z[0])
+    c = f * c + (1 - f) * mpmath.tanh(z[1])
+    return _sigmoid(z[2]) * mpmath.tanh(c), c
+
+
+def _peephole(z: list, c: Any, vectors: list) -> tuple[Any, Any]:
+    w_i, w_f, w_o = vectors
+    c = _sigmoid(z[1] + w_f * c) * c + _sigmoid(z[0] + w_i * c) * mpmath.tanh(z[2])
+    return _sigmoid(z[3] + w_o * c) * mpmath.tanh(c), c
+
+
+def _gru(z: list, c: Any, vectors: list) -> tuple[Any, Any]:
+    m, r, u, n = z
+    h = (1 - _sigmoid(u)) * mpmath.tanh(n + _sigmoid(r) * m) + _sigmoid(u) * c
+    return h, h
+
+
+UNIT_BY_UNIT: dict[str, Callable[[list, Any, list], tuple[Any, Any]]] = {
+    "coupled": _coupled,
+    "peephole": _peephole,
+    "gru": _gru,
+    "elman_tanh": lambda z, c, vectors: (mpmath.tanh(z[0]),) * 2,
+    "elman_relu": lambda z, c, vectors: (max(z[0], mpmath.mpf(0)),) * 2,
+}
+"""h and c of one unit after a step, of cells whose units do not see each other."""
+
+
 class Exact:
     """The equations of `reference.layer` in numbers of a hundred digits, without lengths; for small problems."""
 
@@ -336,23 +376,28 @@ class Exact:
 
         return convert(a.double().tolist())
 
-    def outputs(self, inputs: dict[str, list]) -> tuple[list, list, list]:
+    def outputs(self, inputs: dict[str, list]) -> tuple[list, ...]:
         """Return y, h_n and c_n."""
-        h, c, y = inputs["h_0"], inputs["c_0"], []
+        h, y = inputs["h_0"], []
+        c = inputs.get("c_0", h)
         for x in inputs["x"]:
             pairs = [self._row(*states, inputs) for states in zip(x, h, c, strict=True)]
             h, c = ([pair[k] for pair in pairs] for k in (0, 1))
             y.append(h)
-        return y, h, c
+        return (y, h, c)[: len(self.grads)]
 
     def _row(self, x: list, h: list, c: list, inputs: dict[str, list]) -> tuple[list, list]:
         """Return h and c of one row after a step."""
-        hidden, z = self.hidden, []
-        recurrent = self.blocks.recurrent * hidden
-        for k, (weights, bias) in enumerate(zip(inputs["weight_ih"], inputs["bias"], strict=True)):
-            z.append(mpmath.fdot(x, weights) + bias)
-            if k < recurrent:
-                z[k] += mpmath.fdot(h, inputs["weight_hh"][k])
+        hidden, z = self.hidden, [*inputs["bias"]]
+        for k, weights in enumerate(inputs["weight_ih"], self.blocks.first_input * hidden):
+            z[k] += mpmath.fdot(x, weights)
+        for k, weights in enumerate(inputs["weight_hh"]):
+            z[k] += mpmath.fdot(h, weights)
+        if self.cell in UNIT_BY_UNIT:
+            vectors = [v for vector in self.blocks.vectors for v in inputs[vector.name]]
+            units = [(z[k::hidden], c[k], vectors[k::hidden]) for k in range(hidden)]
+            pairs = [UNIT_BY_UNIT[self.cell](*unit) for unit in units]
+            return [h for h, _ in pairs], [c for _, c in pairs]
         gates = dict(zip(self.blocks.gates, (z[k : k + hidden] for k in range(0, len(z), hidden)), strict=True))
         if self.blocks.vector_blocks > 2:
             gates |= {gate: self._norm(gate, gates[gate], inputs) for gate in "fgo"}
