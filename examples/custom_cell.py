@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from novolstm_triton import RecurrentLayer
 from novolstm_triton.cells import Block, Cell
-from novolstm_triton.functional import recurrence
 from novolstm_triton.kernels.cell import CellKernels
 from novolstm_triton.kernels.math import tanh
 from novolstm_triton.testing import check_cell
@@ -56,18 +56,15 @@ JANET = Cell(
 def main() -> None:
     """Train a layer of the cell to recall the number that came with a mark, then check the cell."""
     torch.manual_seed(0)
-    features, hidden, steps, rows = 2, 16, 10, 32
-    layer = {name: torch.empty(shape) for name, shape in JANET.shapes(features, hidden).items()}
-    weights = [a.uniform_(-(hidden**-0.5), hidden**-0.5).requires_grad_() for a in layer.values()]
-    read_out = torch.nn.Linear(hidden, 1)
-    optimiser = torch.optim.Adam([*weights, *read_out.parameters()], lr=0.02)
+    steps, rows = 10, 32
+    layer, read_out = RecurrentLayer(JANET, 2, 16), torch.nn.Linear(16, 1)
+    optimiser = torch.optim.Adam([*layer.parameters(), *read_out.parameters()], lr=0.02)
     for update_number in range(151):
         x = torch.stack([torch.randn(steps, rows), torch.zeros(steps, rows)], 2)
         marked = torch.randint(steps, (rows,))
         x[marked, torch.arange(rows), 1] = 1.0
-        weight_ih, weight_hh, bias_ih, bias_hh = weights
-        _, (h,) = recurrence(JANET, x, None, weight_ih, weight_hh, bias_ih + bias_hh)
-        loss = (read_out(h).squeeze(1) - x[marked, torch.arange(rows), 0]).square().mean()
+        _, h_n = layer(x)
+        loss = (read_out(h_n[-1]).squeeze(1) - x[marked, torch.arange(rows), 0]).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
