@@ -93,7 +93,11 @@ def test_no_register_is_spilled(recurrent):
     assert sum(row["spill_bytes"] > 0 for row in recurrent) <= 6
 
 
-@pytest.mark.parametrize(("cell", "most"), [("notebook", 24), ("formula_all", 24), ("notebook_all", 24)])
+SPILLS = {"notebook": 24, "formula_all": 24, "notebook_all": 24}
+SPILLS |= {"coupled": 0, "peephole": 0, "gru": 8, "elman_tanh": 16, "elman_relu": 0}
+
+
+@pytest.mark.parametrize(("cell", "most"), SPILLS.items())
 @pytest.mark.parametrize(
     "hidden",
     [

@@ -46,6 +46,9 @@ HIDDEN = (
 )
 BATCH = (1, 17, 64, 1000)
 DTYPES = (torch.bfloat16, torch.float32)
+KINDS = ("elman_tanh", "gru", "lstm", "formula")
+"""Cells with one, three, four and five recurrent blocks; the last has sums over the units."""
+
 PINS = (Pins(), *(Pins(exchange=exchange, exchanges=n) for exchange in ("barrier", "words") for n in (1, 2)))
 
 
@@ -68,7 +71,7 @@ def protocol_of(cell: str, is_backward: bool, kernel_plan: KernelPlan) -> Protoc
 
 def plans(device: Device) -> Iterator[tuple[str, bool, int, int, KernelPlan]]:
     """Yield (cell, backward, H, B, plan) of everything that may be launched on a device."""
-    for cell, is_backward, directions in itertools.product(("lstm", "formula"), (False, True), (1, 2)):
+    for cell, is_backward, directions in itertools.product(KINDS, (False, True), (1, 2)):
         for hidden, batch, dtype, pins in itertools.product(HIDDEN, BATCH, DTYPES, PINS):
             options: dict[str, Any] = dict(cell=cell, directions=directions, backward=is_backward, pins=pins)
             try:
