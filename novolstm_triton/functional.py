@@ -95,9 +95,11 @@ def novolstm(
         ValueError: a shape, device, length, option or backend that does not fit.
     """
     cell = CELLS[novolstm_cell(variant, layer_norm)]
-    given = (x, h_0, c_0, weight_ih, weight_hh, bias, ln_weight, ln_bias)
-    extras = (lengths, h_mask, zoneout_mask, weight_hr)
-    return _layer(cell, given, extras, eps, gate_gain, zoneout, reverse, backend)
+    weights = (weight_ih, weight_hh, bias, (ln_weight, ln_bias))
+    extras: dict[str, Any] = dict(weight_hr=weight_hr, lengths=lengths, h_mask=h_mask, zoneout_mask=zoneout_mask)
+    options: dict[str, Any] = dict(eps=eps, gate_gain=gate_gain, reverse=reverse, zoneout=zoneout, backend=backend)
+    y, (h_n, c_n) = recurrence(cell, x, (h_0, c_0), *weights, **extras, **options)
+    return y, h_n, c_n
 
 
 def lstm(
@@ -142,8 +144,11 @@ def lstm(
         TypeError: an argument of the wrong type, or a dtype that the backend cannot take.
         ValueError: a shape, device, length, option or backend that does not fit.
     """
-    given, extras = (x, h_0, c_0, weight_ih, weight_hh, bias), (lengths, h_mask, zoneout_mask, weight_hr)
-    return _layer(CELLS["lstm"], given, extras, None, 1.0, zoneout, reverse, backend)
+    weights = (weight_ih, weight_hh, bias)
+    extras: dict[str, Any] = dict(weight_hr=weight_hr, lengths=lengths, h_mask=h_mask, zoneout_mask=zoneout_mask)
+    options: dict[str, Any] = dict(reverse=reverse, zoneout=zoneout, backend=backend)
+    y, (h_n, c_n) = recurrence(CELLS["lstm"], x, (h_0, c_0), *weights, **extras, **options)
+    return y, h_n, c_n
 
 
 def recurrence(
@@ -203,53 +208,25 @@ def recurrence(
         raise ValueError(f"vectors: expected {len(names)}, {names}, got {len(vectors)}")
     if alone and weight_hr is not None:
         raise ValueError(f"weight_hr: the cell {cell.name!r} has one state, and no projection")
-    zoneout = zoneout or (0.0,) * len(cell.states)
-    h_0, c_0 = (None, None) if state is None else (state[0], state[-1])
-    if alone:
-        # h is what is carried: both copies of it keep their value, or neither.
-        zoneout = tuple(zoneout) * 2 if isinstance(zoneout, (tuple, list)) and len(zoneout) == 1 else zoneout
-        zoneout_mask = (zoneout_mask & 1) * 3 if isinstance(zoneout_mask, Tensor) else zoneout_mask
-    given = (x, h_0, c_0, weight_ih, weight_hh, bias, *vectors)
-    extras = (lengths, h_mask, zoneout_mask, weight_hr)
-    y, *states = _layer(cell, given, extras, eps, gate_gain, zoneout, reverse, backend)
-    return y, tuple(states[: len(cell.states)])
-
-
-def _layer(
-    cell: Cell,
-    given: tuple[Tensor | None, ...],
-    extras: tuple[Tensor | None, ...],
-    eps: Any,
-    gate_gain: Any,
-    zoneout: Any,
-    reverse: Any,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check everything, choose the backend, and run one direction or both.
-
-    Args:
-        cell: the equations.
-        given: x, h_0, c_0, weight_ih, weight_hh, bias and the vectors, None for what is missing.
-        extras: lengths, h_mask, zoneout_mask and weight_hr.
-        eps: None, or ε.
-        gate_gain: factor on the input gate.
-        zoneout: shares of h and of c.
-        reverse: the direction.
-        backend: as the caller named it.
-    """
     options = _options(cell, eps, gate_gain, zoneout, reverse)
+    h_0, c_0 = (None, None) if state is None else (state[0], state[-1])
+    if alone and isinstance(zoneout_mask, Tensor):
+        # h is what is carried: both copies of it keep their value, or neither.
+        zoneout_mask = (zoneout_mask & 1) * 3
+    given, extras = (x, h_0, c_0, weight_ih, weight_hh, bias, *vectors), (lengths, h_mask, zoneout_mask, weight_hr)
     check_kinds(cell, given, extras)
-    has_h_0, call = given[1] is not None, checked_call(cell, given, extras, options, reverse)
-    device = call.x.device
+    call, device = checked_call(cell, given, extras, options, reverse), x.device
     backend = resolve_backend(backend, device)
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
     with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         if backend == "triton":
             check_triton(call.x.dtype, device)
             cell.check_kernels()
-        if call.directions == 1 or (backend == "triton" and call.weight_hr is None and call.x.shape[1] > 0):
-            return _run(call, has_h_0, backend)
-        return join_directions([_run(one, has_h_0, backend) for one in call.each_direction()])
+        if call.directions == 1 or (backend == "triton" and weight_hr is None and x.shape[1] > 0):
+            y, *states = _run(call, h_0 is not None, backend)
+        else:
+            y, *states = join_directions([_run(one, h_0 is not None, backend) for one in call.each_direction()])
+    return y, tuple(states[: len(cell.states)])
 
 
 def _options(cell: Cell, eps: Any, gate_gain: Any, zoneout: Any, reverse: Any) -> Options:
@@ -261,14 +238,17 @@ def _options(cell: Cell, eps: Any, gate_gain: Any, zoneout: Any, reverse: Any) -
     """
     eps = cell.eps if eps is None else check_finite(eps, "eps", "a positive finite number", above=0)
     gate_gain = check_finite(gate_gain, "gate_gain")
-    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2 or not all(map(is_number, zoneout)):
-        raise TypeError(f"zoneout: expected a pair of numbers, the shares of h and c, got {reprlib.repr(zoneout)}")
-    for name, share in zip("hc", zoneout, strict=True):
+    names, zoneout = cell.states, (0.0,) * len(cell.states) if zoneout == () else zoneout
+    wanted = "a pair of numbers, the shares of h and c" if len(names) == 2 else "a tuple of one number, the share of h"
+    if not isinstance(zoneout, (tuple, list)) or len(zoneout) != len(names) or not all(map(is_number, zoneout)):
+        raise TypeError(f"zoneout: expected {wanted}, got {reprlib.repr(zoneout)}")
+    for name, share in zip(names, zoneout, strict=True):
         if not is_share(share):
-            raise ValueError(f"zoneout: expected shares of h and c from 0 to 1, got {share} of {name}")
+            raise ValueError(f"zoneout: expected shares of {' and '.join(names)} from 0 to 1, got {share} of {name}")
     if not isinstance(reverse, bool):
         raise TypeError(f"reverse: expected a bool, got {reprlib.repr(reverse)}")
-    return Options(eps, gate_gain, float(zoneout[0]), float(zoneout[1]))
+    # The share of h is that of the carried h, too, where there is no c.
+    return Options(eps, gate_gain, float(zoneout[0]), float(zoneout[-1]))
 
 
 def _run(call: Call, has_h_0: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -212,23 +212,12 @@ def _candidate(
     # the product. On AMD more warps get fewer registers.
     crowded = elements * tiles_alive(cell) > 512 or words or (backward and elements == 512 and not resident)
     crowded = crowded or (block_b == 32 and block_k < min(hidden, 512))
-    if pins.num_warps is not None:
-        num_warps = pins.num_warps
-    elif device.backend == "hip":
-        num_warps = 4
-    elif local and ctas == 1 and elements > 1024:
-        num_warps = 16
-    else:
-        num_warps = 8 if crowded or ctas > 1 else 4
+    alone = local and ctas == 1 and elements > 1024
+    num_warps = pins.num_warps or (4 if device.backend == "hip" else 16 if alone else 8 if crowded or ctas > 1 else 4)
     # Here the assembler spares registers for a second program on the multiprocessor, which never comes, and spills;
     # elsewhere a limit of its own choice serves it better.
     thrifty = resident if backward else not resident or (local and num_warps >= 8)
-    kernels = cell.load_kernels()
-    has_sums = bool(kernels.grad_rows if backward else kernels.partial_rows)
-    exchanges = 2 if has_sums else 1
-    if pins.exchanges and backward and slices > 1 and has_sums:
-        exchanges = pins.exchanges
-
+    exchanges = _exchanges(cell, slices, backward, pins)
     # In fp32 "tf32x3" keeps two tf32 halves of every operand.
     operand_bytes = 8 if itemsize == 4 and device.backend == "cuda" else itemsize
     # A cluster shares out the weights and the work.
@@ -296,6 +285,14 @@ def _candidate(
         smem_bytes=smem_bytes,
         step_us=step_us * rounds,
     )
+
+
+def _exchanges(cell: Cell, slices: int, backward: bool, pins: Pins) -> int:
+    """Return how often a step exchanges data: of sums over the units, if there are any, and of h or dz."""
+    kernels = cell.load_kernels()
+    if not (kernels.grad_rows if backward else kernels.partial_rows):
+        return 1
+    return pins.exchanges if pins.exchanges and backward and slices > 1 else 2
 
 
 def _block_k(hidden: int, largest: int) -> int:
