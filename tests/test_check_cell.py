@@ -140,6 +140,27 @@ def test_wrong_number_of_values_is_said(said):
         check_cell(cell)
 
 
+WRONG_STATES = {
+    r"expected h \[5, 8\] in torch.float64, got \[5, 1\]": lambda h, c: (h[:, :1], c),
+    r"expected c \[5, 8\] in torch.float64, got \[5, 8\] in torch.float32": lambda h, c: (h, c.float()),
+}
+
+
+@pytest.mark.parametrize("said", WRONG_STATES)
+def test_state_of_another_shape_or_dtype_is_said(said):
+    plain = CELLS["lstm"]
+    cell = dataclasses.replace(plain, name="odd", step=lambda *given: WRONG_STATES[said](*plain.step(*given)))
+    with pytest.raises(AssertionError, match=f"cell odd, one step: step: {said}"):
+        check_cell(cell)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="seeds: expected at least 1, got 0"):
+        check_cell(CELLS["lstm"], seeds=0)
+    with pytest.raises(TypeError, match="cell: expected a Cell, got str"):
+        check_cell("lstm")  # pyright: ignore[reportArgumentType]
+
+
 def test_definition_that_returns_two_states_where_there_is_one_is_said():
     cell = dataclasses.replace(CELLS["lstm"], name="two_for_one", states=("h",))
     with pytest.raises(AssertionError, match="cell two_for_one, one step: step: expected h twice"):

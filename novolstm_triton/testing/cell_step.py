@@ -68,11 +68,14 @@ def by_autograd(cell: Cell, step: Step, dtype: torch.dtype) -> dict[str, Tensor]
     """Return what the cell's definition makes of a step in a dtype, and autograd of it.
 
     Raises:
-        ValueError: the cell has one state, and two different ones are returned.
+        ValueError: a state of another shape or dtype than z, or two different ones of a cell with one state.
     """
     leaves = [a.to(dtype).requires_grad_() for a in (*step.z, step.c, *step.vectors)]
     count = len(step.z)
     h, c = cell.step(tuple(leaves[:count]), leaves[count], tuple(leaves[count + 1 :]), cell.eps)
+    for name, a in (("h", h), ("c", c)):
+        if a.shape != step.c.shape or a.dtype != dtype:
+            raise ValueError(f"step: expected {name} {list(step.c.shape)} in {dtype}, got {list(a.shape)} in {a.dtype}")
     if cell.states == ("h",) and not torch.equal(h, c):
         raise ValueError("step: expected h twice, as h and as c, of a cell with one state")
     outgoing = (step.dh.to(dtype), step.dc.to(dtype))

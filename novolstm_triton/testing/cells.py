@@ -84,9 +84,13 @@ def check_cell(cell: Cell, *, seeds: int = 2) -> CellReport:
     Raises:
         AssertionError: an error beyond its bound, a tile function that returns the wrong number of values or raises, a
             race. The message names the cell, the part and the arrays, as in "dz of block f" or "grad weight_hh".
+        TypeError: `cell` is not a Cell.
+        ValueError: less than one seed, or another cell has the name.
         RuntimeError: the cell has tile functions, and Triton is not in interpreter mode: set TRITON_INTERPRET=1 before
             it is imported.
     """
+    if not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {seeds!r}")
     register(cell)
     findings = []
     for part, measure in _parts(cell):
