@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from novolstm_triton import plan
 from novolstm_triton.cells import CELLS, Cell
 from novolstm_triton.functional import recurrence
 from novolstm_triton.problems import Problem, errors
@@ -102,3 +103,17 @@ def test_cell_is_that_of_others(name, backend):
             table |= dict(zip(problem.input_names, torch.autograd.grad(outputs, leaves, grads), strict=True))
     for array, (error, _) in errors(result, truth).items():
         assert error <= bound, f"{array}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["coupled", "peephole", "elman_tanh", "elman_relu", "gru"])
+def test_gradients_of_both_orders(name):
+    """Of cells that backend "torch" differentiates from their equations."""
+    problem = Problem(3, 2, 2, inputs_size=2, cell=name)
+    leaves = [a.requires_grad_() for a in problem.draw()[0]]
+
+    def outputs(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return problem.call(inputs, None, "torch")
+
+    with plan.forced(chunk=2):
+        assert torch.autograd.gradcheck(outputs, leaves)
+        assert torch.autograd.gradgradcheck(outputs, leaves)
