@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from novolstm_triton import plan as planning
-from novolstm_triton.cells import CELLS
+from novolstm_triton.cells import with_kernels
 from novolstm_triton.engines.launch import FUSION, WalkOptions, compile_options, kernel_constants
 from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
 from novolstm_triton.kernels.forward import forward_kernel
@@ -232,7 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
     parser.add_argument("--batch", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--cell", nargs="+", choices=CELLS, default=["formula"])
+    parser.add_argument("--cell", nargs="+", choices=with_kernels(), default=["formula"])
     parser.add_argument("--lengths", action="store_true", help="compile the kernels for batches with lengths")
     parser.add_argument("--h-mask", action="store_true", help="and with recurrent dropout")
     parser.add_argument("--zoneout", choices=("none", "masks", "average"), default="none", help="and with zoneout")

@@ -182,7 +182,7 @@ def recurrence(
         weight_hh: [R·H, P] recurrent weights, likewise.
         bias: [G·H], or None for zero.
         vectors: the cell's vectors, [V·H] each for its V blocks.
-        weight_hr: [P, H] projection of the hidden state, or None; for cells with two states.
+        weight_hr: [P, H] projection of the hidden state, or None; for cells with two states and no `second`.
         eps: ε of the layer normalisations; None means the cell's own.
         gate_gain: constant factor on those blocks of the vectors that the cell calls `gained`.
         lengths: [B] integer number of valid steps of each row, or None.
@@ -206,8 +206,8 @@ def recurrence(
     if len(vectors) != len(cell.vectors):
         names = [vector.name for vector in cell.vectors]
         raise ValueError(f"vectors: expected {len(names)}, {names}, got {len(vectors)}")
-    if alone and weight_hr is not None:
-        raise ValueError(f"weight_hr: the cell {cell.name!r} has one state, and no projection")
+    if weight_hr is not None:
+        cell.check_projection("weight_hr")
     options = _options(cell, eps, gate_gain, zoneout, reverse)
     h_0, c_0 = (None, None) if state is None else (state[0], state[-1])
     if alone and isinstance(zoneout_mask, Tensor):

@@ -428,6 +428,11 @@ PLAN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device-torch": (dict(device=torch.device("cpu")), TypeError, "device: expected a plan.Device, got device"),
     "cell": (dict(cell="no_cell"), ValueError, "cell: expected one of ['"),
     "cell-list": (dict(cell=["lstm"]), ValueError, "cell: expected one of"),
+    "cell-without-kernels": (
+        dict(cell="gru_reset_before", pins=plan.Pins(slices=65)),
+        ValueError,
+        "backend 'triton' does not run the cell 'gru_reset_before' (its second product",
+    ),
     "directions-three": (dict(directions=3), ValueError, "directions: expected 1 or 2, got 3"),
     "pins-dict": (dict(pins={}), TypeError, "pins: expected a plan.Pins, got dict"),
 }

@@ -85,6 +85,17 @@ def test_every_cell_is_well(cell, doctor):
     assert f" {9 * 3 * len(CELLS[cell].gates) * 20 * 4:,} bytes for a chunk's pre-activations" in text
 
 
+@pytest.mark.parametrize("where", ["here", "h100"])
+def test_cell_without_kernels_is_refused_by_name(where, doctor, monkeypatch):
+    if where == "here":
+        monkeypatch.setenv("NOVOLSTM_BACKEND", "triton")
+    device = [] if where == "here" else ["--device", where]
+    code, text = doctor(*SMALL, "--cell", "gru_reset_before", *device)
+    assert code == 1
+    assert text.count("PROBLEM") == 1
+    assert "the call raises: backend 'triton' does not run the cell 'gru_reset_before' (its second product" in text
+
+
 @pytest.mark.parametrize("wrong", [1.01, math.nan], ids=["off", "nan"])
 def test_wrong_result_is_noticed(wrong, doctor, monkeypatch):
     def backward(*arguments, **options):

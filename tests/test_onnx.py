@@ -1,5 +1,6 @@
 """torch.onnx.export of the layers: onnxruntime computes the same numbers, for any number of steps and rows."""
 
+import functools
 import io
 
 import onnxruntime
@@ -7,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM
+from novolstm_triton import LSTM, LSTMCell, NovoLSTM, RecurrentLayer
+from novolstm_triton.cells import CELLS
 
 I, H = 5, 8
+RESET_BEFORE = functools.partial(RecurrentLayer, CELLS["gru_reset_before"])
 pytestmark = [
     # Of PyTorch's exporter itself.
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
@@ -25,19 +28,26 @@ class Call(nn.Module):
         self.layer, self.state, self.lengths = layer, state, lengths
 
     def forward(self, x: Tensor, *others: Tensor) -> tuple:
-        hx = others[:2] if self.state else None
-        y, (h_n, c_n) = self.layer(x, hx, lengths=others[-1] if self.lengths else None)
-        return y, h_n, c_n
+        hx = None
+        if self.state:
+            hx = others[:2] if len(others) - self.lengths == 2 else others[0]
+        y, last = self.layer(x, hx, lengths=others[-1] if self.lengths else None)
+        return y, *(last if isinstance(last, tuple) else (last,))
 
 
-def arguments(layer: LSTM | NovoLSTM, steps: int, batch: int, state: bool, lengths: bool) -> list[Tensor]:
+def states_of(layer: RecurrentLayer) -> int:
+    """Return how many states a layer has."""
+    return len(layer._cell.states)
+
+
+def arguments(layer: RecurrentLayer, steps: int, batch: int, state: bool, lengths: bool) -> list[Tensor]:
     """Return the inputs of a `Call`; of the rows with lengths the first has none, the last all steps."""
     generator = torch.Generator().manual_seed(steps)
     x = torch.randn(*((batch, steps) if layer.batch_first else (steps, batch)), I, generator=generator)
     given = [x]
     if state:
         layers = layer.num_layers * (2 if layer.bidirectional else 1)
-        sizes = (layer.proj_size or H, H)
+        sizes = (layer.proj_size or H, H)[: states_of(layer)]
         given += [torch.randn(layers, batch, size, generator=generator) for size in sizes]
     if lengths:
         rows = torch.randint(0, steps + 1, (batch,), generator=generator)
@@ -81,6 +91,7 @@ def run_exported(module: nn.Module, example: list[Tensor], dynamic: tuple | None
             NovoLSTM, dict(bidirectional=True, batch_first=True, variant="notebook"), True, True, "Scan", id="notebook"
         ),
         pytest.param(NovoLSTM, dict(num_layers=2, layer_norm="all"), True, True, "Scan", id="formula-all"),
+        pytest.param(RESET_BEFORE, dict(bidirectional=True), True, True, "Scan", id="gru-reset-before"),
     ],
 )
 def test_computes_the_same_at_any_size(cls, options, state, lengths, operator):
@@ -88,7 +99,7 @@ def test_computes_the_same_at_any_size(cls, options, state, lengths, operator):
     layer = cls(I, H, **options)
     module, rows = Call(layer, state, lengths).eval(), 2 if lengths else 1
     time_and_rows = {0: "B", 1: "T"} if layer.batch_first else {0: "T", 1: "B"}
-    dynamic = (time_and_rows, *[{1: "B"}] * (2 * state), *[{0: "B"}] * lengths)
+    dynamic = (time_and_rows, *[{1: "B"}] * (states_of(layer) * state), *[{0: "B"}] * lengths)
     operators, run = run_exported(module, arguments(layer, 6, 3, state, lengths), dynamic)
     assert operators.count(operator) == layer.num_layers * (2 if layer.bidirectional else 1)
     assert set(operators) & {"LSTM", "Scan"} == {operator}

@@ -321,6 +321,9 @@ def test_command_passes_its_options_on(monkeypatch, capsys):
             ["--hidden", "8", "--dtype", "fp64"], "--dtype: expected names among bf16, fp16, fp32", id="dtype"
         ),
         pytest.param(["--hidden", "8", "--cell", "no_cell"], "--cell: expected names among", id="cell"),
+        pytest.param(
+            ["--hidden", "8", "--cell", "gru_reset_before"], "--cell: expected names among", id="cell-without-kernels"
+        ),
     ],
 )
 def test_bad_option_names_itself(arguments, message, capsys):

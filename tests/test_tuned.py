@@ -234,6 +234,11 @@ def changed(*path, value=None, remove=False):
         pytest.param(changed("entries", 0, "dtype", value="int8"), "dtype: expected one of .*'int8'", id="dtype"),
         pytest.param(changed("entries", 0, "hidden", value=True), "hidden: expected int, got True", id="bool"),
         pytest.param(changed("entries", 0, "cell", value="no_cell"), "cell: expected one of .*'no_cell'", id="cell"),
+        pytest.param(
+            changed("entries", 0, "cell", value="gru_reset_before"),
+            "cell: expected one of .*, got 'gru_reset_before'",
+            id="cell-without-kernels",
+        ),
         pytest.param(changed("entries", 0, "direction", value="up"), "direction: expected one of", id="direction"),
         pytest.param(changed("entries", 0, "step_us", value=-1), "step_us: expected a positive number", id="time"),
         pytest.param(changed("entries", 0, "step_us", value=10**400), "step_us: expected a positive", id="huge-time"),

@@ -30,7 +30,7 @@ from novolstm_triton.app.isolated import CallError  # noqa: E402
 from novolstm_triton.app.text import UsageError  # noqa: E402
 from novolstm_triton.app.train import CELLS, DEVICES, DTYPES, TrainConfig, TrainingError, train  # noqa: E402
 from novolstm_triton.cells import CELLS as CELL_NAMES  # noqa: E402
-from novolstm_triton.cells import VARIANTS  # noqa: E402
+from novolstm_triton.cells import VARIANTS, with_kernels  # noqa: E402
 from novolstm_triton.functional import BACKENDS  # noqa: E402
 from novolstm_triton.plans import tuned  # noqa: E402
 
@@ -145,7 +145,7 @@ def tune_command(
     hidden: Annotated[str, typer.Option(metavar="H,...", help="Units of the layers.")],
     batch: Annotated[str, typer.Option(metavar="B,...", help="Rows of the layers.")] = "16",
     dtype: Annotated[str, typer.Option(metavar="DTYPE,...", help=f"Among {', '.join(tuned.DTYPES)}.")] = "bf16",
-    cell: Annotated[str, typer.Option(metavar="CELL,...", help=f"Any of {', '.join(CELL_NAMES)}.")] = "formula",
+    cell: Annotated[str, typer.Option(metavar="CELL,...", help=f"Any of {', '.join(with_kernels())}.")] = "formula",
     out: Annotated[Path, typer.Option(metavar="FILE", help="File of plans; an existing one is continued.")] = Path(
         "novolstm-plans.json"
     ),
@@ -166,7 +166,7 @@ def tune_command(
             _sizes("--hidden", hidden),
             _sizes("--batch", batch),
             _names("--dtype", dtype, tuple(tuned.DTYPES)),
-            _names("--cell", cell, tuple(CELL_NAMES)),
+            _names("--cell", cell, tuple(with_kernels())),
         )
     )
     if not math.isfinite(timeout):

@@ -182,6 +182,7 @@ class _Report:
         if name == "triton":
             try:
                 check_triton(self._dtype, self._where)
+                CELLS[self._shape.cell].check_kernels()
             except (TypeError, ValueError) as error:
                 self._problem(f"the call raises: {error}")
                 return None

@@ -36,15 +36,37 @@ class Vector(NamedTuple):
     """Where every number starts, or None: drawn like the weights."""
 
 
+class Second(NamedTuple):
+    """A step's second product: of blocks whose U meets not h but what the others leave of it, like the GRU's r·h."""
+
+    blocks: tuple[str, ...]
+    """Their names: the last of those that h feeds, after at least one other."""
+    gate: Callable[[tuple[Tensor, ...], Tensor], Tensor]
+    """`gate(z, h)` returns what their U meets, [B, H].
+
+    z is a tuple of pre-activations [B, H], one per block that h feeds and that is not among these; h [B, H] the state
+    before the step, with the mask of recurrent dropout. It takes what `Cell.step` takes: any floating dtype, autograd,
+    and any number of rows.
+    """
+
+
+_NO_SECOND = (
+    "its second product in a step would take a second exchange among the slices, forward and backward, which costs "
+    "more than the product"
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
     """The equations and the parameters of a cell.
 
-    A step of the engine makes the pre-activations z_k of every block from x and h; `step` makes the new state of them.
+    A step of the engine makes the pre-activations z_k of every block from x and h, those of `second` after the others;
+    `step` makes the new state of them.
     On backend "triton" the tile functions of `kernels` take its place, on "torch" PyTorch's own operators.
 
     Raises:
-        ValueError: blocks in another order than the engine's, or names that occur twice.
+        ValueError: blocks in another order than the engine's, names that occur twice, or kernels of a cell with a
+            second product.
     """
 
     name: str
@@ -61,6 +83,8 @@ class Cell:
     states: tuple[str, ...] = ("h", "c")
     """The states that a module shows: ("h", "c"), or ("h",) for a cell whose `step` returns h as c, too."""
     vectors: tuple[Vector, ...] = ()
+    second: Second | None = None
+    """Which blocks have U meet something else than h, if any do. Such a cell has no projection, and no kernels."""
     recurrent_order: tuple[str, ...] | None = None
     """The blocks of weight_hh and bias_hh as a module has them, where that is not their order here."""
     gained: tuple[int, ...] = ()
@@ -75,6 +99,8 @@ class Cell:
 
     recurrent: int = dataclasses.field(init=False, compare=False)
     """How many blocks, from the first, h feeds."""
+    at_once: int = dataclasses.field(init=False, compare=False)
+    """How many blocks, from the first, have U meet h itself; those of `second` follow."""
     first_input: int = dataclasses.field(init=False, compare=False)
     """The first block that x feeds; x feeds all after it."""
     inputs: int = dataclasses.field(init=False, compare=False)
@@ -87,9 +113,11 @@ class Cell:
     def __post_init__(self) -> None:
         """Check what can be checked without running it."""
         # The caller of the constructor, as `collections.namedtuple` finds it.
+        recurrent = sum(block.recurrent for block in self.blocks)
         known = dict(
             module=sys._getframe(2).f_globals.get("__name__", "__main__"),
-            recurrent=sum(block.recurrent for block in self.blocks),
+            recurrent=recurrent,
+            at_once=recurrent - (len(self.second.blocks) if self.second else 0),
             first_input=sum(not block.input for block in self.blocks),
             inputs=sum(block.input for block in self.blocks),
             vector_blocks=sum(len(vector.blocks) for vector in self.vectors),
@@ -116,6 +144,19 @@ class Cell:
             raise ValueError(
                 f"recurrent_order: expected the blocks {self._recurrent_names}, got {list(self.recurrent_order)}"
             )
+        if self.second is not None:
+            self._check_second(self.second)
+
+    def _check_second(self, second: Second) -> None:
+        """Check the second product, whose blocks are known to be different."""
+        names = self._recurrent_names
+        if not 0 < self.at_once < len(names) or list(second.blocks) != names[self.at_once :]:
+            raise ValueError(
+                f"second: expected the last of the blocks that h feeds, {names}, after at least one other, got "
+                f"{list(second.blocks)}"
+            )
+        if self.kernels is not None:
+            raise ValueError(f"kernels: expected None, for the kernels make no second product, got {self.kernels!r}")
 
     @property
     def _recurrent_names(self) -> list[str]:
@@ -158,10 +199,18 @@ class Cell:
         parts = dict(zip(self.recurrent_order, weight_hh.chunk(self.recurrent, lead), strict=True))
         return torch.cat([parts[name] for name in self._recurrent_names], lead)
 
+    def check_projection(self, name: str) -> None:
+        """Raise ValueError, of the argument `name`, if the cell cannot have its h projected."""
+        if "c" not in self.states:
+            raise ValueError(f"{name}: the cell {self.name!r} has one state, and no projection")
+        if self.second:
+            raise ValueError(f"{name}: the cell {self.name!r} has a second product in a step, and no projection")
+
     def check_kernels(self) -> None:
         """Raise ValueError if the cell has no tile functions."""
         if self.kernels is None:
-            why = f" ({self.no_kernels})" if self.no_kernels else ""
+            reason = self.no_kernels or (_NO_SECOND if self.second else "")
+            why = f" ({reason})" if reason else ""
             raise ValueError(f"backend 'triton' does not run the cell {self.name!r}{why}: use backend='torch'")
 
     def load_kernels(self) -> Any:
@@ -187,6 +236,11 @@ class Cell:
 
 CELLS: dict[str, Cell] = {}
 """Every cell by its name: those of the package, and a user's own once a module or function has been given it."""
+
+
+def with_kernels() -> list[str]:
+    """Return the names of the cells that backend "triton" runs."""
+    return [name for name, cell in CELLS.items() if cell.kernels is not None]
 
 
 def register(cell: Cell) -> Cell:

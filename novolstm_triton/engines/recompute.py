@@ -68,7 +68,11 @@ def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> li
         x = _without_padding(wide.x[low:high], low, valid)
         dx[low:high] = (dz[:, fed * hidden :] @ wide.weight_ih).view_as(x)
         dweight_ih.addmm_(dz[:, fed * hidden :].t(), x.flatten(0, 1))
-        dweight_hh.addmm_(dz[:, : seen * hidden].t(), h_seen.flatten(0, 1))
+        h_seen, first = h_seen.flatten(0, 1), cell.at_once * hidden
+        dweight_hh[:first].addmm_(dz[:, :first].t(), h_seen)
+        if cell.second is not None:
+            z_first = reference.first_product(z.flatten(0, 1), h_seen, weights, cell)[: cell.at_once]
+            dweight_hh[first:].addmm_(dz[:, first : seen * hidden].t(), cell.second.gate(tuple(z_first), h_seen))
         dbias += dz.sum(0)
     flat = torch.cat(dvectors) if dvectors else dbias.new_empty(0)
     multiply_by_gain(flat, call)

@@ -26,7 +26,7 @@ def step(x: Tensor, h: Tensor, c: Tensor, weights: Weights, cell: Cell, eps: flo
     """Return h and c after one step.
 
     The cell makes them of z_k = x W_kᵀ + h U_kᵀ + b_k for each of its blocks k, where a block may lack one of the two
-    products. With a projection h is multiplied by W_hrᵀ after that.
+    products, or have another operand than h (`Cell.second`). With a projection h is multiplied by W_hrᵀ after that.
 
     Args:
         x: [B, I] input.
@@ -52,11 +52,27 @@ def finish_step(
     projected: Tensor, h: Tensor, c: Tensor, weights: Weights, cell: Cell, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Do what `step` does from the result of `project` on."""
-    z = list(projected.chunk(len(cell.blocks), dim=1))
-    for k, recurrent in enumerate((h @ weights.weight_hh.t()).chunk(cell.recurrent, dim=1)):
-        z[k] = z[k] + recurrent
+    z = first_product(projected, h, weights, cell)
+    if cell.second is not None:
+        seen = cell.second.gate(tuple(z[: cell.at_once]), h)
+        _add_product(z, cell.at_once, cell.recurrent, seen, weights.weight_hh[cell.at_once * c.shape[1] :])
     h, c = cell.step(tuple(z), c, weights.vectors, eps)
     return (h if weights.weight_hr is None else h @ weights.weight_hr.t()), c
+
+
+def first_product(projected: Tensor, h: Tensor, weights: Weights, cell: Cell) -> list[Tensor]:
+    """Return the blocks of `projected`, with h U added where U meets h itself: z [B, H] each, but for `Cell.second`."""
+    z, rows = list(projected.chunk(len(cell.blocks), dim=1)), weights.weight_hh
+    if cell.second is not None:
+        rows = rows[: cell.at_once * z[0].shape[1]]
+    _add_product(z, 0, cell.at_once, h, rows)
+    return z
+
+
+def _add_product(z: list[Tensor], first: int, last: int, h: Tensor, rows: Tensor) -> None:
+    """Add h times some rows of weight_hh to the blocks from `first` to before `last`: put the sums into the list."""
+    for k, product in enumerate((h @ rows.t()).chunk(last - first, dim=1), first):
+        z[k] = z[k] + product
 
 
 def weights_of(call: Call) -> Weights:

@@ -42,7 +42,8 @@ class RecurrentLayer(Recurrent):
         batch_first: input and output are [B, T, ·] instead of [T, B, ·]. States keep their shape.
         dropout: probability of the dropout after every layer but the last.
         bidirectional: run every layer in both directions and concatenate their outputs.
-        proj_size: if above 0, h is projected to so many units P by weight_hr; for cells with two states.
+        proj_size: if above 0, h is projected to so many units P by weight_hr; for cells with two states and
+            no `second`.
         device: where the parameters live.
         dtype: dtype of the parameters.
         recurrent_dropout: probability with which a unit of h is dropped on its way to weight_hh, by one mask per
@@ -104,8 +105,8 @@ class RecurrentLayer(Recurrent):
             raise ValueError("proj_size should be a positive integer or zero to disable projections")
         if proj_size >= hidden_size:
             raise ValueError("proj_size has to be smaller than hidden_size")
-        if proj_size and cell.states == ("h",):
-            raise ValueError(f"proj_size: the cell {cell.name!r} has one state, and no projection")
+        if proj_size:
+            cell.check_projection("proj_size")
         self.num_layers = num_layers
         self.batch_first = batch_first
         self.dropout = float(dropout)

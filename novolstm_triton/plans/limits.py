@@ -4,7 +4,7 @@ import reprlib
 
 import torch
 
-from novolstm_triton.cells import CELLS, Cell
+from novolstm_triton.cells import CELLS, Cell, with_kernels
 from novolstm_triton.checks import check_int
 from novolstm_triton.plans.device import MOST, Device
 from novolstm_triton.plans.pins import CLUSTERS, RACY, Pins
@@ -26,7 +26,8 @@ def check_arguments(
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a plan.{kind.__name__}, got {type(value).__name__}")
     if not isinstance(cell, str) or cell not in CELLS:
-        raise ValueError(f"cell: expected one of {list(CELLS)}, got {reprlib.repr(cell)}")
+        raise ValueError(f"cell: expected one of {with_kernels()}, got {reprlib.repr(cell)}")
+    CELLS[cell].check_kernels()
     if directions not in (1, 2):
         raise ValueError(f"directions: expected 1 or 2, got {reprlib.repr(directions)}")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from novolstm_triton.cells import CELLS
+from novolstm_triton.cells import with_kernels
 from novolstm_triton.files import check_path, check_regular, strict_json
 from novolstm_triton.plans import pins
 from novolstm_triton.plans.device import Device
@@ -266,7 +266,7 @@ def _parse_entry(fields: Any) -> Entry:
     key = Key(**{name: fields[name] for name in kinds})
     for name, value, choices in (
         ("dtype", key.dtype, list(DTYPES)),
-        ("cell", key.cell, list(CELLS)),
+        ("cell", key.cell, with_kernels()),
         ("direction", key.direction, ["forward", "backward"]),
     ):
         if value not in choices:
