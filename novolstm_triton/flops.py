@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from novolstm_triton.cells import CELLS
+
 _COUNTER = "torch.utils.flop_counter"
 
 
@@ -56,14 +58,17 @@ def backward_flops(
         c_0: likewise.
         weight_ih: [G·H, I], or [2, G·H, I] for both directions.
         weight_hh: [R·H, P], or [2, R·H, P].
-        *others: the last says which gradients are asked for: of x, h_0, c_0, weight_ih, weight_hh and so on.
+        *others: the last says which gradients are asked for: of x, h_0, c_0, weight_ih, weight_hh and so on; the fifth
+            from the end is the cell's name.
         **_: what the operator returned.
     """
-    (steps, batch), needs = x[:2], others[-1]
+    (steps, batch), needs, cell = x[:2], others[-1], CELLS[others[-5]]
     inputs, recurrent = math.prod(weight_ih), math.prod(weight_hh)
     # The gradient goes back from every step's h to the one before; before the first that is h_0.
     steps_back = steps if needs[1] else steps - 1
-    return 2 * batch * (steps * (needs[0] + needs[3]) * inputs + (steps * needs[4] + steps_back) * recurrent)
+    # From a second product it goes to the gate before it, too, in every step.
+    more = (steps - steps_back) * recurrent * (cell.recurrent - cell.at_once) // cell.recurrent
+    return 2 * batch * (steps * (needs[0] + needs[3]) * inputs + (steps * needs[4] + steps_back) * recurrent + more)
 
 
 def register_formulas() -> None:

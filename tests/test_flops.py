@@ -1,13 +1,18 @@
 """Floating-point operations, as PyTorch's counter counts them: those of the loop, exactly."""
 
+import contextlib
+import functools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell
+from novolstm_triton import GRU, LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, RecurrentLayer
+from novolstm_triton.cells import CELLS
 
 from .support.layers import B, H, I, T, layer, sequence, states
 
@@ -42,6 +47,41 @@ def test_counts_are_those_of_the_loop(kind, options, given):
     ours, expected = (passes(layer(kind, **options, backend=name), x, hx, lengths) for name in ("torch", "reference"))
     assert ours == expected
     assert expected[0] > 0
+
+
+@pytest.mark.parametrize("given", ["nothing", "state"])
+@pytest.mark.parametrize("name", ["gru", "gru_reset_before", "peephole"])
+def test_counts_of_cells_that_autograd_differentiates_are_those_of_the_loop(name, given):
+    results = []
+    for backend in ("torch", "reference"):
+        module = RecurrentLayer(CELLS[name], I, H, backend=backend)
+        number = len(CELLS[name].states)
+        hx = tuple(torch.ones(1, B, H, requires_grad=True) for _ in range(number)) if given == "state" else None
+        call = functools.partial(module, sequence(), hx[0] if hx and number == 1 else hx)
+        (y, _), forward = counted(call)
+        results.append((forward, counted(y.sum().backward)[1]))
+    assert results[0] == results[1]
+    assert results[0][0] > 0
+
+
+class Watching(TorchDispatchMode):
+    """Passes every operator on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("modes", [1, 2])
+def test_gradients_are_the_same_while_operators_are_watched(modes):
+    """Of a cell that autograd differentiates within an operator."""
+    module, x = layer(GRU, backend="torch"), sequence(requires_grad=True)
+    leaves = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x)[0].square().sum(), leaves)
+    with contextlib.ExitStack() as stack:
+        for _ in range(modes):
+            stack.enter_context(Watching())
+        result = torch.autograd.grad(module(x)[0].square().sum(), leaves)
+    assert all(map(torch.equal, result, expected))
 
 
 @pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "weight_ih_l0 weight_hh_l0"])

@@ -8,8 +8,9 @@ tensors.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from torch import Tensor
 from novolstm_triton.call import Call, Result, Saved, multiply_by_gain, state_dtype
 from novolstm_triton.engines import reference
 from novolstm_triton.engines.chunks import chunk_spans, h_before, valid_steps
+
+_TRANSFORM_KEYS = tuple(
+    getattr(torch._C.DispatchKey, f"FuncTorch{name}")
+    for name in ("DynamicLayerFrontMode", "DynamicLayerBackMode", "GradWrapper", "Batched", "VmapMode")
+)
 
 
 def forward(call: Call, chunk: int) -> Result:
@@ -58,10 +64,11 @@ def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> li
             return (own, h, c), h_seen
 
         z = _project(wide, weights, low, high, valid)
-        _, pull, h_seen = torch.func.vjp(  # pyright: ignore[reportAssignmentType]
-            walk, z, h, border, *weights.vectors, has_aux=True
-        )
-        dz, dh, dc, *more = pull((dy[low:high], dh, dc))
+        with _transforms():
+            _, pull, h_seen = torch.func.vjp(  # pyright: ignore[reportAssignmentType]
+                walk, z, h, border, *weights.vectors, has_aux=True
+            )
+            dz, dh, dc, *more = pull((dy[low:high], dh, dc))
         for total, part in zip(dvectors, more, strict=True):
             total += part
         dz = dz.flatten(0, 1)
@@ -78,6 +85,16 @@ def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> li
     multiply_by_gain(flat, call)
     gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, flat)
     return [g.to(call.x.dtype) if needed else None for g, needed in zip(gradients, needs, strict=True)]
+
+
+@contextlib.contextmanager
+def _transforms() -> Iterator[None]:
+    """Let torch.func work in a TorchDispatchMode, like FlopCounterMode, which shuts it off within an operator."""
+    # The guard puts back what was excluded before.
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in _TRANSFORM_KEYS:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
 
 
 def _widened(call: Call) -> Call:
