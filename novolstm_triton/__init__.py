@@ -3,7 +3,7 @@
 `NovoLSTM`, `LSTM`, `GRU` and `RNN` are modules, called like those of `torch.nn`; names that end in `Cell` are their
 single steps; `RecurrentLayer` and `RecurrentCell` are the same for any cell, of `cells` or a user's own; `TorchLSTM` is
 an `LSTM` that is an instance of `nn.LSTM`; `functional` has the functions under them; `detach_state` cuts the history
-of a state; `convert_model` puts this package's layers into a model in place of its `nn.LSTM`s, and back; `use_backend`
+of a state; `convert_model` puts this package's layers into a model in place of PyTorch's, and back; `use_backend`
 chooses a backend for a block of code; `plan` decides how the Triton kernels are launched.
 """
 

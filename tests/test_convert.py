@@ -1,4 +1,4 @@
-"""From nn.LSTM to this library's layers and back, alone and in models."""
+"""From PyTorch's layers to this library's and back, alone and in models."""
 
 import copy
 import threading
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import novolstm_triton
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, TorchLSTM, convert_model
+from novolstm_triton import GRU, LSTM, RNN, LSTMCell, NovoLSTM, RecurrentLayer, TorchLSTM, cells, convert_model
 from novolstm_triton.app.bytemodel import ByteModel
 
 from .support.hugging_face import transformers
@@ -27,6 +27,16 @@ SIZES = [
     pytest.param(dict(proj_size=2, num_layers=2), id="projected"),
     pytest.param(dict(dtype=torch.float64), id="fp64"),
 ]
+WITHOUT_PROJECTION = [case for case in SIZES if case.id != "projected"]
+PAIRS = [pytest.param(nn.LSTM, LSTM, *case.values, id=f"lstm-{case.id}") for case in SIZES]
+PAIRS += [pytest.param(nn.GRU, GRU, *case.values, id=f"gru-{case.id}") for case in WITHOUT_PROJECTION]
+PAIRS += [pytest.param(nn.RNN, RNN, *case.values, id=f"rnn-{case.id}") for case in WITHOUT_PROJECTION]
+PAIRS += [pytest.param(nn.RNN, RNN, dict(nonlinearity="relu", num_layers=2), id="rnn-relu")]
+TWINS = [
+    pytest.param(nn.LSTM, LSTM, id="lstm"),
+    pytest.param(nn.GRU, GRU, id="gru"),
+    pytest.param(nn.RNN, RNN, id="rnn"),
+]
 COPIED = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
 
 
@@ -38,14 +48,13 @@ def frozen_in_part(layer: nn.Module) -> nn.Module:
 
 def assert_same_function(ours: nn.Module, theirs: nn.Module) -> None:
     x = torch.randn(T, B, I, dtype=theirs.weight_ih_l0.dtype)
-    (y, (h, c)), (expected_y, (expected_h, expected_c)) = ours(x), theirs(x)
-    for got, expected in ((y, expected_y), (h, expected_h), (c, expected_c)):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
 
 
 def assert_copied(ours: nn.Module, theirs: nn.Module) -> None:
     """Require equal options, and the same parameters in memory of their own."""
-    assert [getattr(ours, name) for name in COPIED] == [getattr(theirs, name) for name in COPIED]
+    own = "nonlinearity" if hasattr(theirs, "nonlinearity") else "mode"
+    assert [getattr(ours, name) for name in (*COPIED, own)] == [getattr(theirs, name) for name in (*COPIED, own)]
     assert ours.training == theirs.training
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for name, parameter in theirs.named_parameters():
@@ -55,14 +64,15 @@ def assert_copied(ours: nn.Module, theirs: nn.Module) -> None:
         assert own.data_ptr() != parameter.data_ptr()
 
 
-@pytest.mark.parametrize("options", SIZES)
-def test_from_torch_and_back(options):
-    theirs = frozen_in_part(nn.LSTM(I, H, **options))
-    ours = LSTM.from_torch(theirs)
+@pytest.mark.parametrize(("pytorchs", "kind", "options"), PAIRS)
+def test_from_torch_and_back(pytorchs, kind, options):
+    theirs = frozen_in_part(pytorchs(I, H, **options))
+    ours = kind.from_torch(theirs)
+    assert type(ours) is kind
     assert_copied(ours, theirs)
     assert_same_function(ours, theirs)
     back = ours.to_torch()
-    assert type(back) is nn.LSTM
+    assert type(back) is pytorchs
     assert_copied(back, ours)
     assert_same_function(back, theirs)
 
@@ -73,10 +83,18 @@ def test_dropout_after_a_single_layer_warns_only_once():
     assert LSTM.from_torch(theirs).to_torch().dropout == NovoLSTM.from_lstm(theirs).dropout == 0.5
 
 
-@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout_h", "zoneout_c"])
-def test_to_torch_refuses_what_nn_lstm_has_not(name):
-    with pytest.raises(ValueError, match=rf"{name}: expected 0, because nn\.LSTM has none, got 0\.25"):
-        LSTM(I, H, **{name: 0.25}).to_torch()
+@pytest.mark.parametrize(("pytorchs", "kind"), TWINS)
+@pytest.mark.parametrize("name", ["recurrent_dropout", "zoneout_h"])
+def test_to_torch_refuses_what_pytorch_has_not(pytorchs, kind, name):
+    with pytest.raises(ValueError, match=rf"{name}: expected 0, because nn\.{pytorchs.__name__} has none, got 0\.25"):
+        kind(I, H, **{name: 0.25}).to_torch()
+    ours = kind.from_torch(pytorchs(I, H), backend="reference", **{name: 0.25})
+    assert (getattr(ours, name), ours.backend) == (0.25, "reference")
+
+
+def test_to_torch_refuses_zoneout_of_c():
+    with pytest.raises(ValueError, match=r"zoneout_c: expected 0, because nn\.LSTM has none, got 0\.25"):
+        LSTM(I, H, zoneout_c=0.25).to_torch()
 
 
 @pytest.mark.parametrize("variant", ["formula", "notebook"])
@@ -116,9 +134,9 @@ def test_subclasses_convert_to_themselves():
 
 def test_pytorchs_classes_are_known_by_whatever_name(monkeypatch):
     torchs, cell = nn.LSTM, nn.LSTMCell
-    theirs = torchs(I, H)
+    theirs, others = torchs(I, H), [nn.GRU(I, H), nn.RNN(I, H)]
     # What a program may do before its other imports, so that these build their models of ours.
-    for name in ("LSTM", "LSTMCell", "RNNBase", "RNNCellBase"):
+    for name in ("LSTM", "LSTMCell", "GRU", "RNN", "RNNBase", "RNNCellBase"):
         monkeypatch.setattr(torch.nn, name, getattr(novolstm_triton, name, nn.Module))
     ours = LSTM.from_torch(theirs)
     assert type(ours.to_torch()) is torchs
@@ -127,6 +145,8 @@ def test_pytorchs_classes_are_known_by_whatever_name(monkeypatch):
     converted, report = convert_model(nn.ModuleList([theirs, cell(I, H), nn.Linear(I, H)]), verbose=False)
     assert type(converted[0]) is LSTM
     assert [entry.path for entry in report.entries] == ["0", "1"]
+    ours = [GRU.from_torch(others[0]), RNN.from_torch(others[1])]
+    assert [type(layer.to_torch()) for layer in ours] == [type(layer) for layer in others]
 
 
 class Doubled(nn.LSTM):
@@ -145,40 +165,48 @@ class Orthogonal(nn.LSTM):
         nn.init.orthogonal_(self.weight_hh_l0)
 
 
-def pruned() -> nn.Module:
-    return prune.l1_unstructured(nn.LSTM(I, H), "weight_hh_l0", 0.5)
+class Silent(nn.GRU):
+    """Computes something else."""
+
+    def forward(self, input, hx=None):
+        y, state = super().forward(input, hx)
+        return 0 * y, state
 
 
-def weight_normed() -> nn.Module:
-    return parametrizations.weight_norm(nn.LSTM(I, H), "weight_hh_l0")
+def pruned(kind: Any = nn.LSTM) -> nn.Module:
+    return prune.l1_unstructured(kind(I, H), "weight_hh_l0", 0.5)
 
 
-def hooked() -> nn.LSTM:
-    layer = nn.LSTM(I, H)
+def weight_normed(kind: Any = nn.LSTM) -> nn.Module:
+    return parametrizations.weight_norm(kind(I, H), "weight_hh_l0")
+
+
+def hooked(kind: Any = nn.LSTM) -> nn.Module:
+    layer = kind(I, H)
     layer.register_forward_hook(lambda *_: None)
     return layer
 
 
-def patched() -> nn.LSTM:
-    layer = nn.LSTM(I, H)
+def patched(kind: Any = nn.LSTM) -> nn.Module:
+    layer = kind(I, H)
     layer.forward = layer.forward
     return layer
 
 
-def extended() -> nn.LSTM:
-    layer = nn.LSTM(I, H)
+def extended(kind: Any = nn.LSTM) -> nn.Module:
+    layer = kind(I, H)
     layer.register_buffer("scale", torch.ones(1))
     return layer
 
 
-def resized() -> nn.LSTM:
-    layer = nn.LSTM(I, H)
+def resized(kind: Any = nn.LSTM) -> nn.Module:
+    layer = kind(I, H)
     layer.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, 1))
     return layer
 
 
-def compiled() -> Any:
-    return torch.compile(nn.LSTM(I, H), backend="eager")
+def compiled(kind: Any = nn.LSTM) -> Any:
+    return torch.compile(kind(I, H), backend="eager")
 
 
 def tied() -> nn.LSTM:
@@ -188,15 +216,36 @@ def tied() -> nn.LSTM:
 
 
 @pytest.mark.parametrize("make", [pruned, weight_normed, extended], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("convert", [LSTM.from_torch, NovoLSTM.from_lstm], ids=["from_torch", "from_lstm"])
-def test_parameters_that_are_not_an_lstms(convert, make):
-    with pytest.raises(ValueError, match="expected the parameters of a plain LSTM"):
-        convert(make())
+@pytest.mark.parametrize(
+    ("pytorchs", "convert"),
+    [
+        pytest.param(nn.LSTM, LSTM.from_torch, id="from_torch"),
+        pytest.param(nn.LSTM, NovoLSTM.from_lstm, id="from_lstm"),
+        pytest.param(nn.GRU, GRU.from_torch, id="gru-from_torch"),
+        pytest.param(nn.RNN, RNN.from_torch, id="rnn-from_torch"),
+    ],
+)
+def test_parameters_that_are_not_a_layers(pytorchs, convert, make):
+    name = pytorchs.__name__
+    with pytest.raises(ValueError, match=f"{name.lower()}: expected the parameters of a plain {name}"):
+        convert(make(pytorchs))
 
 
 def test_wrong_sources_and_options():
     with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM, got GRU"):
         LSTM.from_torch(nn.GRU(I, H))
+    with pytest.raises(TypeError, match=r"gru: expected an nn\.GRU, got LSTM"):
+        GRU.from_torch(nn.LSTM(I, H))
+    with pytest.raises(TypeError, match=r"rnn: expected an nn\.RNN, got RNNBase"):
+        RNN.from_torch(nn.RNNBase("RNN_TANH", I, H))
+    with pytest.raises(ValueError, match=r"gru: expected an nn\.GRU, got Silent, which has forward of its own"):
+        GRU.from_torch(Silent(I, H))
+    with pytest.raises(TypeError, match="nonlinearity: expected no such option"):
+        RNN.from_torch(nn.RNN(I, H), nonlinearity="relu")
+    with pytest.raises(TypeError, match="zoneout_c"):
+        GRU.from_torch(nn.GRU(I, H), zoneout_c=0.1)
+    with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM or LSTM, got GRU"):
+        NovoLSTM.from_lstm(GRU(I, H))
     with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM or LSTM, got NovoLSTM"):
         NovoLSTM.from_lstm(NovoLSTM(I, H))
     with pytest.raises(ValueError, match="got Doubled, which has forward of its own"):
@@ -208,7 +257,7 @@ def test_wrong_sources_and_options():
 
 
 class Tagger(nn.Module):
-    """Holds LSTMs in every way in which models hold them, and other recurrent layers."""
+    """Holds LSTMs in every way in which models hold them, a GRU and an RNN, and a cell."""
 
     def __init__(self):
         super().__init__()
@@ -218,12 +267,20 @@ class Tagger(nn.Module):
         self.nested = nn.ModuleDict({"first": nn.ModuleList([nn.LSTM(H, H, num_layers=2, batch_first=True)])})
         self.orthogonal = Orthogonal(H, H, batch_first=True)
         self.gru = nn.GRU(H, H, batch_first=True)
-        self.cell = nn.LSTMCell(H, H)
+        self.rnn = nn.RNN(H, H, nonlinearity="relu", bidirectional=True, batch_first=True)
+        self.cell = nn.LSTMCell(2 * H, H)
         self.absent = None
 
     def forward(self, x):
         y, _ = self.encoder(x)
-        for layer in (self.shared, self.again, self.get_submodule("nested.first.0"), self.orthogonal, self.gru):
+        for layer in (
+            self.shared,
+            self.again,
+            self.get_submodule("nested.first.0"),
+            self.orthogonal,
+            self.gru,
+            self.rnn,
+        ):
             y, _ = layer(y)
         return self.cell(y[:, -1])[0]
 
@@ -234,6 +291,13 @@ def tagger() -> Tagger:
 
 
 PLACES = ["encoder.1", "shared", "again", "nested.first.0", "orthogonal"]
+"""Where it has LSTMs."""
+CLASSES = {**dict.fromkeys(PLACES, (nn.LSTM, LSTM)), "gru": (nn.GRU, GRU), "rnn": (nn.RNN, RNN)}
+"""The classes of all its layers, before and after."""
+
+
+def classes_in(model: nn.Module) -> list[type]:
+    return [type(model.get_submodule(path)) for path in CLASSES]
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
@@ -244,8 +308,8 @@ def test_converted_model_computes_the_same(inplace):
     converted, report = convert_model(model, inplace=inplace)
     assert (converted is model) == inplace
     assert type(model.shared) is (LSTM if inplace else nn.LSTM)
-    assert [entry.path for entry in report.converted] == PLACES
-    assert all(type(converted.get_submodule(path)) is LSTM for path in PLACES)
+    assert [entry.path for entry in report.converted] == [*CLASSES]
+    assert classes_in(converted) == [ours for _, ours in CLASSES.values()]
     assert converted.again is converted.shared
     torch.testing.assert_close(converted(x), expected, rtol=0, atol=1e-5)
     assert list(converted.state_dict()) == list(state)
@@ -275,13 +339,13 @@ def test_table_says_what_happened(capsys):
     assert printed == f"{report}\n"
     header, *rows, total = printed.splitlines()
     assert header.split() == ["module", "was", "is", "note"]
-    assert total == "converted 5, left alone 2"
+    assert total == "converted 5, left alone 3"
     layer = f"LSTM({H}, {H}, num_layers=2, batch_first=True)"
     assert f"nested.first.0  nn.{layer}" in printed
     assert f"Novo{layer[:-1]}, variant='notebook')" in printed
-    assert [row.split()[0] for row in rows] == [*PLACES, "gru", "cell"]
+    assert [row.split()[0] for row in rows] == [*PLACES, "gru", "rnn", "cell"]
     assert rows[2].endswith("the same layer as shared")
-    assert rows[-2].split("left alone")[1].strip() == "no LSTM"
+    assert [row.split("left alone")[1].strip() for row in rows[-3:-1]] == ["no LSTM"] * 2
     assert rows[-1].split("left alone")[1].strip() == "a cell, which takes single steps"
     convert_model(tagger(), verbose=False)
     assert capsys.readouterr().out == ""
@@ -307,10 +371,16 @@ def test_there_and_back(subclass, inplace):
     there, report = convert_model(model, inplace=inplace, subclass=subclass, verbose=False)
     assert {type(there.get_submodule(path)) for path in PLACES} == {TorchLSTM if subclass else LSTM}
     assert all(isinstance(there.get_submodule(path), nn.LSTM) == subclass for path in PLACES)
-    assert [entry.path for entry in report.converted] == PLACES
+    # There is no subclass of the others.
+    converted = PLACES if subclass else [*CLASSES]
+    assert [entry.path for entry in report.converted] == converted
+    assert [(entry.path, entry.note) for entry in report.left][:-1] == [
+        ("gru", "no LSTM"),
+        ("rnn", "no LSTM"),
+    ] * subclass
     back, report = convert_model(there, to="torch", inplace=inplace, verbose=False)
-    assert {type(back.get_submodule(path)) for path in PLACES} == {nn.LSTM}
-    assert [entry.path for entry in report.converted] == PLACES
+    assert classes_in(back) == [theirs for theirs, _ in CLASSES.values()]
+    assert [entry.path for entry in report.converted] == converted
     assert {entry.note for entry in report.converted} == {"same function", "the same layer as shared"}
     assert back.again is back.shared
     assert torch.equal(back(x), expected)
@@ -320,19 +390,25 @@ def test_there_and_back(subclass, inplace):
 
 def test_back_from_what_nn_lstm_has_not():
     model = nn.ModuleList([LSTM(I, H, zoneout_c=0.1), NovoLSTM(I, H), TorchLSTM(I, H, recurrent_dropout=0.1)])
-    model += [nn.LSTM(I, H), nn.GRU(I, H), LSTMCell(I, H), TorchLSTM(I, H, backend="reference")]
+    model += [nn.LSTM(I, H), nn.GRU(I, H), LSTMCell(I, H), GRU(I, H, zoneout_h=0.1), RNN(I, H, recurrent_dropout=0.1)]
+    model += [RecurrentLayer(cells.CELLS["coupled"], I, H), nn.RNNBase("GRU", I, H)]
+    model += [TorchLSTM(I, H, backend="reference")]
     back, report = convert_model(model, to="torch", verbose=False)
     assert [entry.note for entry in report.entries] == [
         "has zoneout_c, which nn.LSTM lacks",
         "computes something else than an LSTM",
         "has recurrent_dropout, which nn.LSTM lacks",
         "is one already",
-        "no LSTM",
+        "is one already",
         "a cell, which takes single steps",
+        "has zoneout_h, which nn.GRU lacks",
+        "has recurrent_dropout, which nn.RNN lacks",
+        "no LSTM, GRU or RNN",
+        "no LSTM, GRU or RNN",
         "same function",
     ]
     assert type(back[-1]) is nn.LSTM
-    assert str(report).splitlines()[-1] == "converted 1, left alone 6"
+    assert str(report).splitlines()[-1] == "converted 1, left alone 10"
 
 
 def test_options_of_ours_are_kept_by_the_subclass():
@@ -476,16 +552,19 @@ def test_what_cannot_be_copied_is_named():
 
 
 def test_our_own_layers_are_left_or_go_on_to_novolstm():
-    model = nn.ModuleList([LSTM(I, H), NovoLSTM(I, H)])
+    model = nn.ModuleList([LSTM(I, H), NovoLSTM(I, H), GRU(I, H), RNN(I, H)])
     same, report = convert_model(model, "lstm", verbose=False)
-    assert [type(layer) for layer in same] == [LSTM, NovoLSTM]
-    assert [entry.note for entry in report.left] == ["is one already", "computes something else than an LSTM"]
+    assert [type(layer) for layer in same] == [LSTM, NovoLSTM, GRU, RNN]
+    already = "is one already"
+    assert [entry.note for entry in report.left] == [already, "computes something else than an LSTM", already, already]
     further, report = convert_model(model, "novolstm", verbose=False)
-    assert [type(layer) for layer in further] == [NovoLSTM, NovoLSTM]
-    assert [entry.note for entry in report.left] == ["is one already"]
+    assert [type(layer) for layer in further] == [NovoLSTM, NovoLSTM, GRU, RNN]
+    assert [entry.note for entry in report.left] == ["is one already", "no LSTM", "no LSTM"]
 
 
-@pytest.mark.parametrize("to", ["lstm", "novolstm"])
+@pytest.mark.parametrize(
+    ("to", "kind"), [("lstm", nn.LSTM), ("novolstm", nn.LSTM), ("lstm", nn.GRU)], ids=["lstm", "novolstm", "gru"]
+)
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -494,13 +573,17 @@ def test_our_own_layers_are_left_or_go_on_to_novolstm():
         pytest.param(hooked, "has hooks, which would be lost", id="hook"),
         pytest.param(patched, "a subclass with forward of its own", id="patched"),
         pytest.param(resized, "weight_hh_l0 is a Tensor [24, 1]", id="size"),
-        pytest.param(extended, "has scale beside an LSTM's parameters", id="buffer"),
-        pytest.param(lambda: Doubled(I, H), "a subclass with forward of its own", id="subclass"),
+        pytest.param(extended, "has scale beside a", id="buffer"),
+        pytest.param(
+            lambda kind: (Silent if kind is nn.GRU else Doubled)(I, H),
+            "a subclass with forward of its own",
+            id="subclass",
+        ),
         pytest.param(compiled, "is compiled: convert before torch.compile", id="compiled"),
     ],
 )
-def test_layers_that_would_lose_something_are_left_alone(to, make, words):
-    model = nn.Sequential(make())
+def test_layers_that_would_lose_something_are_left_alone(to, kind, make, words):
+    model = nn.Sequential(make(kind))
     layer = model[0]
     converted, report = convert_model(model, to, inplace=True, verbose=False)
     assert converted[0] is layer
@@ -534,11 +617,12 @@ def test_tied_parameters_stay_tied():
         pytest.param((), dict(subclass=1), TypeError, "subclass: expected a bool, got 1", id="flag"),
         pytest.param((), dict(num_layers=1), TypeError, "num_layers: expected no such option", id="size"),
         pytest.param((), dict(to="novolstm", variant="paper"), ValueError, "variant: expected one of", id="value"),
-        pytest.param((), dict(zoneout_c=0.1), ValueError, "projected layer has no", id="of-one-layer"),
+        pytest.param((), dict(zoneout_h=0.1), ValueError, "projected layer has no", id="of-one-layer"),
+        pytest.param((), dict(zoneout_c=0.1), TypeError, "GRU.*zoneout_c", id="of-one-kind"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(arguments, options, error, words):
-    model = nn.Sequential(nn.LSTM(I, H), nn.LSTM(I, H, proj_size=2))
+    model = nn.Sequential(nn.LSTM(I, H), nn.GRU(I, H), nn.LSTM(I, H, proj_size=2))
     before = list(model)
     with pytest.raises(error, match=words):
         convert_model(model, *arguments, inplace=True, verbose=False, **options)

@@ -1,4 +1,4 @@
-"""Conversions of whole models: every LSTM becomes a layer of another library."""
+"""Conversions of whole models: every LSTM, GRU and RNN becomes a layer of another library."""
 
 import dataclasses
 from collections import Counter
@@ -11,9 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from novolstm_triton import pytorch
 from novolstm_triton.convert.copies import copied
 from novolstm_triton.convert.references import References
+from novolstm_triton.layers.gru import GRU
 from novolstm_triton.layers.lstm import LSTM
 from novolstm_triton.layers.novolstm import NovoLSTM
 from novolstm_triton.layers.recurrent import Recurrent
+from novolstm_triton.layers.rnn import RNN
 from novolstm_triton.layers.single_step import RecurrentCell
 from novolstm_triton.layers.torch_lstm import TorchLSTM
 from novolstm_triton.weights import check_fixed
@@ -30,10 +32,14 @@ from novolstm_triton.weights.torch import (
     own_code,
     own_parameters,
     plain_weights,
+    twin,
 )
 
 TARGETS = ("lstm", "novolstm", "torch")
-"""What `convert_model` can make of an LSTM."""
+"""What `convert_model` can make of layers."""
+
+_OURS: dict[Any, type[nn.Module]] = {pytorch.LSTM: LSTM, pytorch.GRU: GRU, pytorch.RNN: RNN}
+"""This library's counterpart of each of PyTorch's layers."""
 
 _NOTES = {"novolstm": "warm start: i, f, g, o copied, p and norms new"}
 _SAME = "same function"
@@ -92,22 +98,24 @@ def convert_model(
     verbose: bool = True,
     **options: Any,
 ) -> tuple[Any, Report]:
-    """Replace every `nn.LSTM` of a model by this library's layers, or these by `nn.LSTM`s; print what became of each.
+    """Replace PyTorch's recurrent layers in a model by this library's, or the reverse; print what became of each.
 
-    With to="lstm" each becomes an `LSTM` with the same parameters: the model computes what it did, has the same
-    state_dict, and, changed in place, keeps its Parameter objects, so that an optimizer stays valid. With subclass=True
-    it becomes a `TorchLSTM`, for code that asks for instances of nn.LSTM. to="torch" is the way back: every `LSTM` and
-    `TorchLSTM` becomes an nn.LSTM.
+    With to="lstm" every nn.LSTM becomes an `LSTM`, every nn.GRU a `GRU` and every nn.RNN an `RNN` with the same
+    parameters: the model computes what it did, has the same state_dict, and, changed in place, keeps its Parameter
+    objects, so that an optimizer stays valid. With subclass=True every nn.LSTM becomes a `TorchLSTM`, for code that
+    asks for instances of nn.LSTM, and the others stay. to="torch" is the way back: every `LSTM`, `TorchLSTM`, `GRU` and
+    `RNN` becomes PyTorch's layer of its kind.
 
-    With to="novolstm" each becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too. The model
-    then computes something else and needs training, with an optimizer made for its new parameters.
+    With to="novolstm" every nn.LSTM becomes a `NovoLSTM` warm-started by `NovoLSTM.from_lstm`; an `LSTM` does, too, and
+    no other layer. The model then computes something else and needs training, with an optimizer made for its new
+    parameters.
 
     A layer that the model uses in several places remains one, and takes the place of the old one wherever the model
     holds that: in lists and dictionaries, attributes of any object, closures, bound methods, hooks of other modules.
     Attributes that a program gave to a layer, or to its parameters, go along. Listed with the reason and left alone
     are:
 
-    - subclasses of nn.LSTM that define more than a constructor and initial values;
+    - subclasses of PyTorch's layers, or of these, that define more than a constructor and initial values;
     - layers with parametrizations, weight normalisation, pruning or hooks, all of which would be lost;
     - layers that are compiled themselves or are inside DistributedDataParallel;
     - layers that the model also holds in a place that cannot be changed, such as an iterator or an attribute of a
@@ -115,21 +123,22 @@ def convert_model(
     - layers with an attribute that means something else to the new one;
     - with to="novolstm", layers with a parameter that has a second name or a second place, in them or elsewhere in the
       model, such as an optimizer, or hooks, because the new one has another shape;
-    - with to="torch", layers with recurrent_dropout or zoneout, and every `NovoLSTM`;
+    - with to="torch", layers with recurrent_dropout or zoneout, and every `NovoLSTM` and `RecurrentLayer`;
+    - with to="novolstm" or subclass=True, every GRU and RNN;
     - cells, such as nn.LSTMCell, and other recurrent layers.
 
     A deep copy has the values of tensors with a history, such as a state that the model keeps, without the history.
     Its closures call its own modules.
 
     Args:
-        model: any module, which may be an nn.LSTM itself.
+        model: any module, which may be a recurrent layer itself.
         to: "lstm", "novolstm" or "torch".
-        inplace: change `model` instead of a deep copy of it. A model that is an nn.LSTM itself cannot be changed
-            into something else: use what is returned.
-        subclass: with to="lstm", make each a `TorchLSTM`.
+        inplace: change `model` instead of a deep copy of it. A model that is such a layer itself cannot be
+            changed into another: use what is returned.
+        subclass: with to="lstm", make each nn.LSTM a `TorchLSTM`, and leave the others.
         verbose: print the report.
         **options: options of the new layers, as `NovoLSTM` or `LSTM` takes them by keyword: variant, gate_gain,
-            backend and so on. With to="torch" there are none.
+            backend and so on; a `GRU` and an `RNN` have no zoneout_c. With to="torch" there are none.
 
     Returns:
         The converted model, and the report, whose str() is the table.
@@ -148,10 +157,10 @@ def convert_model(
             raise TypeError(f"{name}: expected a bool, got {flag!r}")
     if subclass and to != "lstm":
         raise ValueError(f"subclass: expected False with to={to!r}, got True")
-    cls = TorchLSTM if subclass else {"lstm": LSTM, "novolstm": NovoLSTM, "torch": pytorch.LSTM}[to]
+    targets = _targets(to, subclass)
     check_fixed(options, FIXED, "each layer")
     # Wrong options are an error in a model without LSTMs, too.
-    cls(1, 2, device="meta", **options)
+    targets[pytorch.LSTM](1, 2, device="meta", **options)
     shared: Collection[int] = ()
     if not inplace:
         model, shared = copied(model, _is_recurrent)
@@ -166,9 +175,9 @@ def convert_model(
         old, key = place.module, id(place.module)
         if key in new or key in reasons:
             continue
-        reason = _reason(place, cls, users, references)
+        reason = _reason(place, targets, users, references)
         if reason is None:
-            layer = _replacement(old, cls, options)
+            layer = _replacement(old, targets[twin(old)], options)
             reason = _obstacle(references, old, layer)
             if reason is None:
                 new[key] = layer
@@ -180,6 +189,15 @@ def convert_model(
     if verbose:
         print(report)
     return model, report
+
+
+def _targets(to: str, subclass: bool) -> dict[Any, type[Any]]:
+    """Return what the layers become, by PyTorch's class that computes the same."""
+    if to == "torch":
+        return {theirs: theirs for theirs in _OURS}
+    if subclass or to == "novolstm":
+        return {pytorch.LSTM: TorchLSTM if subclass else NovoLSTM}
+    return _OURS
 
 
 class _Place(NamedTuple):
@@ -215,17 +233,22 @@ def _is_recurrent(module: Any) -> bool:
     return issubclass(type(module), (pytorch.RNNBase, pytorch.RNNCellBase, Recurrent))
 
 
-def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], references: References) -> str | None:
-    """Return why a layer is not made one of a class, or None."""
+def _reason(
+    place: _Place, targets: Mapping[Any, type[nn.Module]], users: Mapping[int, int], references: References
+) -> str | None:
+    """Return why a layer is not made what `_targets` says, or None."""
     module = place.module
-    if isinstance(module, cls) and not (cls is pytorch.LSTM and isinstance(module, LSTM)):
+    theirs, ours = twin(module), isinstance(module, Recurrent)
+    cls = targets.get(theirs)
+    # A TorchLSTM is an nn.LSTM, and none of PyTorch's.
+    if any(isinstance(module, target) and issubclass(target, Recurrent) == ours for target in targets.values()):
         return "is one already"
     if isinstance(module, NovoLSTM):
         return "computes something else than an LSTM"
     if isinstance(module, (pytorch.RNNCellBase, RecurrentCell)):
         return "a cell, which takes single steps"
-    if not isinstance(module, (pytorch.LSTM, LSTM)):
-        return "no LSTM"
+    if cls is None:
+        return "no LSTM" if theirs is not None else "no LSTM, GRU or RNN"
     if (difference := deviation(module)) is not None:
         return difference
     if own := own_code(module):
@@ -238,8 +261,8 @@ def _reason(place: _Place, cls: type[nn.Module], users: Mapping[int, int], refer
         return "is inside DistributedDataParallel: convert before wrapping"
     if cls is NovoLSTM:
         return _reason_of_parameters(module, users, references)
-    if cls is pytorch.LSTM and (regulariser := next(filter(vars(module).get, REGULARISERS), None)):
-        return f"has {regulariser}, which nn.LSTM lacks"
+    if cls is theirs and (regulariser := next(filter(vars(module).get, REGULARISERS), None)):
+        return f"has {regulariser}, which nn.{cls.__name__} lacks"
     return None
 
 
@@ -324,10 +347,10 @@ def _parameter_users(model: nn.Module) -> Counter[int]:
     return Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
 
 
-def _replacement(old: nn.LSTM | LSTM, cls: type[Any], options: Mapping[str, Any]) -> Any:
+def _replacement(old: Any, cls: type[Any], options: Mapping[str, Any]) -> Any:
     if cls is NovoLSTM:
         return novolstm_from_lstm(NovoLSTM, old, options)
-    own = {} if cls is pytorch.LSTM else our_options(old)
+    own = {} if cls is twin(old) else our_options(old)
     # The model's own Parameters move over: whatever shares or optimises them continues to.
     return finished(empty_like(cls, old, own | dict(options)), old, plain_weights(old))
 

@@ -1,12 +1,16 @@
 """Drop-ins for PyTorch's GRU: `GRU` and `GRUCell`."""
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from novolstm_triton import pytorch
 from novolstm_triton.cells.gru import GRU as CELL
 from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.recurrent import Recurrent, States, check_no_projection
 from novolstm_triton.layers.single_step import RecurrentCell
+from novolstm_triton.weights.torch import from_torch, to_torch
 
 
 class _Steps(Recurrent):
@@ -46,6 +50,8 @@ class GRU(_Steps, RecurrentLayer):
         ValueError: an argument out of range.
     """
 
+    _twin = pytorch.GRU
+
     mode = "GRU"
     """What nn.GRU calls its cell, for code that asks which states there are."""
 
@@ -70,6 +76,33 @@ class GRU(_Steps, RecurrentLayer):
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         options = dict(recurrent_dropout=recurrent_dropout, zoneout_h=zoneout_h)
         super().__init__(CELL, *sizes, device, dtype, **options, backend=backend)
+
+    @classmethod
+    def from_torch(cls, gru: nn.GRU, **options: Any) -> "GRU":
+        """Return a layer that computes what this nn.GRU computes, with copies of its parameters.
+
+        Sizes, options, training mode and each parameter's requires_grad are those of the nn.GRU; hooks are not taken
+        along.
+
+        Args:
+            gru: nn.GRU.
+            **options: GRU's keyword options: backend; and recurrent_dropout and zoneout_h, with which the layer no
+                longer computes the same.
+
+        Raises:
+            TypeError: `gru` is not an nn.GRU, or an option is unknown.
+            ValueError: it is of a subclass with code of its own, or its parameters are not those of a GRU, or an
+                option's value.
+        """
+        return from_torch(cls, gru, options)
+
+    def to_torch(self) -> nn.GRU:
+        """Return the nn.GRU that computes what this layer computes, with copies of its parameters.
+
+        Raises:
+            ValueError: the layer has recurrent_dropout or zoneout, or its parameters are not those of a GRU.
+        """
+        return to_torch(self)
 
 
 class GRUCell(_Steps, RecurrentCell):

@@ -4,7 +4,7 @@ import functools
 import numbers
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class RecurrentLayer(Recurrent):
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range, or an option that the cell lacks.
     """
+
+    _twin: ClassVar[type[nn.RNNBase] | None] = None
+    """PyTorch's class that computes the same, if there is one."""
 
     _built: tuple[int, bool, bool]
     """num_layers, bidirectional and bias of the parameters; the attributes may be changed later."""

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from novolstm_triton import pytorch
 from novolstm_triton.cells.lstm import LSTM as CELL
 from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.recurrent import Recurrent, States
 from novolstm_triton.layers.single_step import RecurrentCell
-from novolstm_triton.weights.torch import lstm_from_torch, lstm_to_torch
+from novolstm_triton.weights.torch import from_torch, to_torch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +56,8 @@ class LSTM(_Steps, RecurrentLayer):
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range.
     """
+
+    _twin = pytorch.LSTM
 
     mode = "LSTM"
     """What nn.LSTM calls its cell, for code that asks which states there are."""
@@ -103,7 +106,7 @@ class LSTM(_Steps, RecurrentLayer):
             ValueError: it is of a subclass with code of its own, or its parameters are not those of an LSTM (it is
                 pruned, for example), or an option's value.
         """
-        return lstm_from_torch(cls, lstm, options)
+        return from_torch(cls, lstm, options)
 
     def to_torch(self) -> nn.LSTM:
         """Return the nn.LSTM that computes what this layer computes, with copies of its parameters.
@@ -112,7 +115,7 @@ class LSTM(_Steps, RecurrentLayer):
             ValueError: the layer has recurrent_dropout or zoneout, which nn.LSTM lacks, or its parameters are not
                 those of an LSTM (it is pruned, for example).
         """
-        return lstm_to_torch(self)
+        return to_torch(self)
 
     @classmethod
     def from_keras(

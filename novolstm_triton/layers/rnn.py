@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from novolstm_triton import pytorch
 from novolstm_triton.cells import CELLS, Cell
 from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.recurrent import Recurrent, States, check_no_projection
 from novolstm_triton.layers.single_step import RecurrentCell
+from novolstm_triton.weights.torch import from_torch, to_torch
 
 _OPERATORS = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
@@ -68,6 +70,8 @@ class RNN(_Steps, RecurrentLayer):
         ValueError: an argument out of range.
     """
 
+    _twin = pytorch.RNN
+
     mode: str
     """"RNN_TANH" or "RNN_RELU", as nn.RNN calls its cell, for code that asks which states there are."""
 
@@ -96,6 +100,33 @@ class RNN(_Steps, RecurrentLayer):
         super().__init__(cell, *sizes, device, dtype, **options, backend=backend)
         self.nonlinearity = nonlinearity
         self.mode = f"RNN_{nonlinearity.upper()}"
+
+    @classmethod
+    def from_torch(cls, rnn: nn.RNN, **options: Any) -> "RNN":
+        """Return a layer that computes what this nn.RNN computes, with copies of its parameters.
+
+        Sizes, options, training mode and each parameter's requires_grad are those of the nn.RNN; hooks are not taken
+        along.
+
+        Args:
+            rnn: nn.RNN.
+            **options: RNN's keyword options: backend; and recurrent_dropout and zoneout_h, with which the layer no
+                longer computes the same.
+
+        Raises:
+            TypeError: `rnn` is not an nn.RNN, or an option is unknown.
+            ValueError: it is of a subclass with code of its own, or its parameters are not those of an RNN, or an
+                option's value.
+        """
+        return from_torch(cls, rnn, options)
+
+    def to_torch(self) -> nn.RNN:
+        """Return the nn.RNN that computes what this layer computes, with copies of its parameters.
+
+        Raises:
+            ValueError: the layer has recurrent_dropout or zoneout, or its parameters are not those of an RNN.
+        """
+        return to_torch(self)
 
 
 class RNNCell(_Steps, RecurrentCell):
