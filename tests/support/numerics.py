@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from novolstm_triton import plan
-from novolstm_triton.cells import CELLS
+from novolstm_triton.cells import CELLS, with_kernels
 from novolstm_triton.problems import FLOORS, NOVOLSTM, Problem, errors, excess
 from novolstm_triton.testing import cooperative
 
@@ -214,7 +214,7 @@ class Extreme(Problem):
         return [operands[name] for name in self.input_names], lengths, [operands[name] for name in operands.grads]
 
 
-_GATED = ("coupled", "peephole", "gru")
+_GATED = ("coupled", "peephole", "gru", "gru_reset_before")
 _OTHERS = (*_GATED, "elman_tanh", "elman_relu")
 """Cells without sums over the units, besides the LSTM."""
 
@@ -322,6 +322,7 @@ ROWS = [
     for name, case in CASES.items()
     for cell in case.cells
     for backend in BACKENDS
+    if backend != "triton" or cell in with_kernels()
     for dtype in case.dtypes
 ]
 """The rows of the page's first table: case, cell, backend, dtype."""
@@ -349,10 +350,22 @@ def _gru(z: list, c: Any, vectors: list) -> tuple[Any, Any]:
     return h, h
 
 
+def _gru_reset_before(z: list, c: Any, vectors: list) -> tuple[Any, Any]:
+    _, u, n = z
+    h = (1 - _sigmoid(u)) * mpmath.tanh(n) + _sigmoid(u) * c
+    return h, h
+
+
+SEEN: dict[str, Callable[[list, list], list]] = {
+    "gru_reset_before": lambda z, h: [_sigmoid(r) * v for r, v in zip(z[: len(h)], h, strict=True)],
+}
+"""What the weights of the second product meet, of cells that have one."""
+
 UNIT_BY_UNIT: dict[str, Callable[[list, Any, list], tuple[Any, Any]]] = {
     "coupled": _coupled,
     "peephole": _peephole,
     "gru": _gru,
+    "gru_reset_before": _gru_reset_before,
     "elman_tanh": lambda z, c, vectors: (mpmath.tanh(z[0]),) * 2,
     "elman_relu": lambda z, c, vectors: (max(z[0], mpmath.mpf(0)),) * 2,
 }
@@ -391,8 +404,11 @@ class Exact:
         hidden, z = self.hidden, [*inputs["bias"]]
         for k, weights in enumerate(inputs["weight_ih"], self.blocks.first_input * hidden):
             z[k] += mpmath.fdot(x, weights)
+        seen = h
         for k, weights in enumerate(inputs["weight_hh"]):
-            z[k] += mpmath.fdot(h, weights)
+            if k == self.blocks.at_once * hidden:
+                seen = SEEN[self.cell](z, h)
+            z[k] += mpmath.fdot(seen, weights)
         if self.cell in UNIT_BY_UNIT:
             vectors = [v for vector in self.blocks.vectors for v in inputs[vector.name]]
             units = [(z[k::hidden], c[k], vectors[k::hidden]) for k in range(hidden)]
