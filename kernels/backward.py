@@ -177,6 +177,69 @@ def cell_states_kernel(
             tl.store(c_ptr + place, c, mask=mask & (step < steps))
 
 
+@triton.jit(do_not_specialize=["rows", "batch", "steps", "t_step"])
+def state_statistics_kernel(
+    z_ptr,
+    stats_ptr,
+    vectors_ptr,
+    c_ptr,
+    rows,
+    batch,
+    steps,
+    t_step,
+    eps,
+    update: tl.constexpr,
+    state_partials: tl.constexpr,
+    state_merge: tl.constexpr,
+    GATES: tl.constexpr,
+    VECTORS: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
+    STATS: tl.constexpr,
+    STATE_STATS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+):
+    """Compute the row statistics of the c that each step makes; a program owns BLOCK_R rows (d, t, b), whole.
+
+    Args:
+        z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
+        stats_ptr: [STATS + STATE_STATS, D, steps, B] fp32: the first STATS are given, the others written.
+        vectors_ptr: [D, VECTORS·H] fp32.
+        c_ptr: [D, steps + 1, B, H] fp32 cell states, in the order of the walk.
+        rows: D times steps of the chunk times B.
+        batch: B.
+        steps: length of the chunk.
+        t_step: direction 0's step in t, 1 or −1; direction 1's is the other one.
+        eps: ε of the layer normalisations.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    unit = tl.arange(0, BLOCK_ROW)
+    is_unit = unit < HIDDEN
+    inside = row < rows
+    mask = inside[:, None] & is_unit[None, :]
+    z = load_gates(z_ptr, row[:, None] * (GATES * HIDDEN) + unit[None, :], mask, GATES, HIDDEN)
+    stats = load_stats(stats_ptr, row, tl.cast(rows, tl.int64), STATS, inside)
+    # The walk's number of the step at this t.
+    direction = row // (steps * batch)
+    t = row // batch % steps
+    step = tl.where((direction == 0) == (t_step > 0), t, steps - 1 - t)
+    place = ((direction * (steps + 1) + step) * batch + row % batch)[:, None] * HIDDEN + unit[None, :]
+    c = tl.load(c_ptr + place, mask=mask, other=0.0)
+    vectors = ()
+    for k in tl.static_range(VECTORS):
+        vector_place = direction[:, None] * (VECTORS * HIDDEN) + (k * HIDDEN + unit)[None, :]
+        vectors = vectors + (tl.load(vectors_ptr + vector_place, mask=mask, other=0.0),)
+    _, c_new = cell_update(widen(z), stats, c, vectors, update, GATE_NORMS)
+    own = state_partials(c_new, HIDDEN * 1.0, is_unit[None, :])
+    parts = ()
+    for k in tl.static_range(len(own)):
+        parts = parts + (own[k][:, None],)
+    state_stats = state_merge(parts, tl.full((1,), HIDDEN, tl.float32), HIDDEN, eps)
+    for k in tl.static_range(STATE_STATS):
+        tl.store(stats_ptr + (STATS + k) * tl.cast(rows, tl.int64) + row, state_stats[k], mask=inside)
+
+
 @triton.jit
 def zero_unless(valid, dz):
     """Zero the rows of each tile that are not valid."""
@@ -349,6 +412,8 @@ def backward_kernel(
     update: tl.constexpr,
     grad_local: tl.constexpr,
     grad_finish: tl.constexpr,
+    grad_expose: tl.constexpr,
+    grad_state: tl.constexpr,
     EARLY: tl.constexpr,
     LATE: tl.constexpr,
     DIRECTIONS: tl.constexpr,
@@ -357,6 +422,9 @@ def backward_kernel(
     VECTORS: tl.constexpr,
     GATE_NORMS: tl.constexpr,
     STATS: tl.constexpr,
+    STATE_STATS: tl.constexpr,
+    SUMS: tl.constexpr,
+    STATE_SUMS: tl.constexpr,
     HIDDEN: tl.constexpr,
     SLICES: tl.constexpr,
     UNITS: tl.constexpr,
@@ -386,7 +454,7 @@ def backward_kernel(
 
     Args:
         z_ptr: [D, steps, B, GATES·H] pre-activations, in the order of t.
-        stats_ptr: [STATS, D, steps, B] fp32 row statistics, in the order of t.
+        stats_ptr: [STATS + STATE_STATS, D, steps, B] fp32 row statistics, in the order of t.
         weight_hh_ptr: [D, RECURRENT·H, H].
         vectors_ptr: [D, VECTORS·H] fp32, gate gain folded in.
         lengths_ptr: [B] int32; not read unless HAS_LENGTHS.
@@ -396,7 +464,8 @@ def backward_kernel(
         dy_ptr: [T, B, D·H] gradient of the output.
         companion_ptr: [S, D, steps, B, H], the companions times their gates' weights, in the order of t; not read
             unless COMPANIONS.
-        row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S backward row sums; see exchange.py.
+        row_ring_ptr: [2, D·B, SUMS, SLICES], space for the cell's backward row sums, and behind it the same for the
+            STATE_SUMS that h's gradient gives that of c; see exchange.py.
         late_ring_ptr: [D, late_slots, B, late gates·H], space for dz of the late gates without the sums; not touched
             unless COMPANIONS.
         counter_ptr: [batch tiles of this launch] int32, zero, and if MAX_SPINS what follows each; see exchange.py.
@@ -469,7 +538,7 @@ def backward_kernel(
     chunk_t = tl.cast(t - chunk_start, tl.int64)
     stats_size = tl.cast(steps, tl.int64) * (DIRECTIONS * batch)
     z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
-    stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
+    stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS + STATE_STATS, in_batch)
     c_prev = tl.load(c_ptr + (c_first + steps - 1) * size + tile_place + place, mask=mask, other=0.0)
     zoneout_mask = load_zoneout_mask(zoneout_mask_ptr, t, y_size, tile_place * DIRECTIONS + y_place, mask, ZONEOUT)
     dy_ptr += tile_place * DIRECTIONS
@@ -492,6 +561,23 @@ def backward_kernel(
             dc_new = zoneout(dc, 0.0, zoneout_mask, 2, zoneout_c, ZONEOUT)
             dh_kept = zoneout(0.0, dh, zoneout_mask, 1, zoneout_h, ZONEOUT)
             dc_kept = zoneout(0.0, dc, zoneout_mask, 2, zoneout_c, ZONEOUT)
+        if STATE_SUMS > 0:
+            state_sums, state_pending = grad_expose(widen(z), stats, c, dh_new, vectors)
+            # Behind the ring of the row sums below.
+            state_ring_ptr = row_ring_ptr + 2 * DIRECTIONS * batch * (SUMS * SLICES)
+            if SLICES > 1:
+                publish_rows(
+                    *(state_ring_ptr, state_sums, ring_row, in_batch, slice, step_base + step, DIRECTIONS * batch),
+                    *(SLICES, EXCHANGE),
+                )
+                arrive(counter, EXCHANGE, MAX_SPINS)
+                arrivals += SLICES
+                wait(counter, arrivals, EXCHANGE, MAX_SPINS)
+            state_parts = collect_rows(
+                *(state_ring_ptr, state_sums, ring_row, in_batch, step_base + step, DIRECTIONS * batch, counter),
+                *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
+            )
+            dc_new = dc_new + grad_state(state_pending, stats, add_slices(state_parts), HIDDEN)
         own, early, pending, dc_prev, dvectors_step = cell_grad_local(
             *(widen(z), stats, c, c_prev, dh_new, dc_new, vectors, is_unit[None, :], grad_local, GATE_NORMS)
         )
@@ -540,7 +626,7 @@ def backward_kernel(
         t -= tl.where(step + 1 < steps, t_step, 0)
         chunk_t = tl.cast(t - chunk_start, tl.int64)
         z = load_gates(z_ptr + (chunk_t * size + tile_place) * GATES, gate_place, mask, GATES, HIDDEN)
-        stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS, in_batch)
+        stats = load_stats(stats_ptr + chunk_t * batch + row_first, row, stats_size, STATS + STATE_STATS, in_batch)
         c = c_prev
         c_place = tl.cast(c_first + tl.maximum(steps - 2 - step, 0), tl.int64) * size + tile_place
         c_prev = tl.load(c_ptr + c_place + place, mask=mask, other=0.0)

@@ -16,6 +16,18 @@ that takes sums over the units has these, too:
     grad_finish(pending, stats, sums, total)
                                       -> dz of the late blocks, those that need the sums over all slices: linear in them
     companions(z, stats, mask, total) -> one tile per row sum: what a late block's dz loses per unit of that sum
+
+A cell that takes sums of its new c before it makes h of it has these besides; `update` then returns c twice, and in
+backward the statistics of c follow the others:
+
+    state_partials(c, count, mask)    -> row sums over this slice's units
+    state_merge(parts, count, total, eps)
+                                      -> statistics of c
+    expose(z, stats, c, vectors)      -> h
+    grad_expose(z, stats, c, dh, vectors)
+                                      -> row sums, pending
+    grad_state(pending, stats, sums, total)
+                                      -> what h gives to the gradient of c; `grad_local` gets it in dc
 """
 
 import dataclasses
@@ -49,6 +61,36 @@ def no_companions(z, stats, mask, total):
     return ()
 
 
+@triton.jit
+def no_state_sums(c, count, mask):
+    """Return no sums of c."""
+    return ()
+
+
+@triton.jit
+def no_state_statistics(parts, count, total, eps):
+    """Return no statistics of c."""
+    return ()
+
+
+@triton.jit
+def no_exposure(z, stats, c, vectors):
+    """Return c: h is made by `update`."""
+    return c
+
+
+@triton.jit
+def no_grad_exposure(z, stats, c, dh, vectors):
+    """Return no sums, and nothing that waits for them."""
+    return (), ()
+
+
+@triton.jit
+def no_grad_state(pending, stats, sums, total):
+    """Return nothing to add to dc."""
+    return 0.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CellKernels:
     """The functions of a cell, and how many values they return."""
@@ -74,5 +116,18 @@ class CellKernels:
     softmax_gate: int | None = None
     """A block without recurrent weight. The launcher takes its softmax over the units, p, before the recurrence, and in
     backward takes dp·p, which is given in place of its dz, through the softmax after the recurrence."""
+    state_partials: Any = no_state_sums
+    state_merge: Any = no_state_statistics
+    expose: Any = no_exposure
+    grad_expose: Any = no_grad_exposure
+    grad_state: Any = no_grad_state
+    state_rows: int = 0
+    """Row sums that `state_partials` returns: a third exchange of a forward step."""
+    state_stats: int = 0
+    """Row statistics that `state_merge` returns."""
+    state_grad_rows: int = 0
+    """Row sums that `grad_expose` returns: a third exchange of a backward step."""
+    tiles_alive: int = 1
+    """By what factor a step keeps more tiles than those of the LSTM, as the plan counts registers."""
     gate_norms: bool = False
     """Whether `gate_norms.py` normalises f, g and o around these functions."""

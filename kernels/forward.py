@@ -66,6 +66,9 @@ def forward_kernel(
     partials: tl.constexpr,
     merge: tl.constexpr,
     update: tl.constexpr,
+    state_partials: tl.constexpr,
+    state_merge: tl.constexpr,
+    expose: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     GATES: tl.constexpr,
     RECURRENT: tl.constexpr,
@@ -94,8 +97,8 @@ def forward_kernel(
     walks T − 1 − t where direction 0 walks t.
 
     On chip for all steps: the slice's recurrent weights (RESIDENT; otherwise they stream from L2 in the K loop), its
-    cell states in fp32, and the cell's vectors. Per step it exchanges the cell's row statistics, if it has any, then h,
-    with the tile's other slices.
+    cell states in fp32, and the cell's vectors. Per step it exchanges the cell's row statistics, if it has any, then
+    those of c, if it has any, then h, with the tile's other slices.
 
     Args:
         x_gates_ptr: [D, steps, B, GATES·H] x W_ihᵀ + b of this chunk, in the order of t.
@@ -108,7 +111,8 @@ def forward_kernel(
         c_in_ptr: [D, B, H] fp32, c before the first step.
         h_ring_ptr: [D, h_slots, B, H]; h before step n of this launch, with the mask, lies in slot
             (h_first + n) % h_slots.
-        row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S row statistics; see exchange.py.
+        row_ring_ptr: [2, D·B, S, SLICES], space for the cell's S row statistics, and behind it the same for those of c;
+            see exchange.py.
         counter_ptr: [batch tiles of this launch] int32, zero, and if MAX_SPINS what follows each; see exchange.py.
         y_ptr: [T, B, D·H] output, zero beyond a row's length.
         c_out_ptr: [D, B, H] fp32, c after the last step.
@@ -222,6 +226,23 @@ def forward_kernel(
         )
         stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
         h_new, c_new = cell_update(z, stats, c, vectors, update, GATE_NORMS)
+        state_sums = state_partials(c_new, count, is_unit[None, :])
+        if len(state_sums) > 0:
+            # Behind the ring of the rows above.
+            state_ring_ptr = row_ring_ptr + 2 * DIRECTIONS * batch * (len(own) * SLICES)
+            if SLICES > 1:
+                publish_rows(
+                    *(state_ring_ptr, state_sums, ring_row, in_batch, slice, step_base + step, DIRECTIONS * batch),
+                    *(SLICES, EXCHANGE),
+                )
+                arrive(counter, EXCHANGE, MAX_SPINS)
+                arrivals += SLICES
+                wait(counter, arrivals, EXCHANGE, MAX_SPINS)
+            state_parts = collect_rows(
+                *(state_ring_ptr, state_sums, ring_row, in_batch, step_base + step, DIRECTIONS * batch, counter),
+                *(SLICES, BLOCK_S, EXCHANGE, MAX_SPINS),
+            )
+            h_new = expose(z, stats + state_merge(state_parts, counts, HIDDEN, eps), c_new, vectors)
         h_new = zoneout(h_new, h.to(tl.float32), zoneout_mask, 1, zoneout_h, ZONEOUT).to(h.dtype)
         c_new = zoneout(c_new, c, zoneout_mask, 2, zoneout_c, ZONEOUT)
         if LOCAL and HIDDEN != BLOCK_N:

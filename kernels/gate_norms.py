@@ -24,6 +24,8 @@ def normalise_gates(cell: CellKernels) -> CellKernels:
         early=(),
         late=(*cell.late, *cell.early),
         companion_gates=(*cell.companion_gates, 1, 2, 3, 1, 2, 3),
+        # x̂ and dx̂ of f, g and o.
+        tiles_alive=2,
         gate_norms=True,
     )
 

@@ -44,12 +44,20 @@ def step_kernel(
     grad_local: tl.constexpr,
     grad_finish: tl.constexpr,
     companions: tl.constexpr,
+    state_partials: tl.constexpr,
+    state_merge: tl.constexpr,
+    expose: tl.constexpr,
+    grad_expose: tl.constexpr,
+    grad_state: tl.constexpr,
     GATE_NORMS: tl.constexpr,
     BLOCKS: tl.constexpr,
     VECTORS: tl.constexpr,
     PARTIALS: tl.constexpr,
     STATS: tl.constexpr,
     SUMS: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+    STATE_STATS: tl.constexpr,
+    STATE_SUMS: tl.constexpr,
     EARLY: tl.constexpr,
     COMPANIONS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -65,8 +73,8 @@ def step_kernel(
     Args:
         given_ptr: [BLOCKS + 3, ROWS, HIDDEN] z of every block, c before the step, dh, dc.
         vectors_ptr: [VECTORS, HIDDEN].
-        partials_ptr: [PARTIALS, ROWS, SLICES] space for the row sums of a step forward.
-        sums_ptr: [SUMS, ROWS, SLICES] likewise, of a step back.
+        partials_ptr: [PARTIALS + STATE_ROWS, ROWS, SLICES] space for the row sums of a step forward.
+        sums_ptr: [SUMS + STATE_SUMS, ROWS, SLICES] likewise, of a step back.
         out_ptr: [·, ROWS, HIDDEN] h, c, dc of the step before, the shares of the vectors' gradients, dz of the early
             blocks, dz of the late ones, the same less the companions times the sums.
         eps: ε of the cell.
@@ -87,16 +95,48 @@ def step_kernel(
     parts = load_sums(partials_ptr, part_place, ROW_SIZE, part_mask, PARTIALS)
     stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
     tl.static_assert(len(stats) == STATS, "merge: expected as many statistics as stats says")
+    # What makes h of c by sums of it, and what these sums give the gradient of c.
+    state_partials_ptr = partials_ptr + PARTIALS * ROW_SIZE
+    state_sums_ptr = sums_ptr + SUMS * ROW_SIZE
+    for slice in tl.static_range(SLICES if STATE_ROWS > 0 else 0):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 1)
+        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
+        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
+        count, counts = units_per_slice(slice, HIDDEN, UNITS, SLICES, BLOCK_S)
+        own = state_partials(c, count, is_unit)
+        tl.static_assert(len(own) == STATE_ROWS, "state_partials: expected as many row sums as state_rows says")
+        store_sums(state_partials_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
+    if STATE_ROWS > 0:
+        parts = load_sums(state_partials_ptr, part_place, ROW_SIZE, part_mask, STATE_ROWS)
+        stats = stats + state_merge(parts, counts, HIDDEN, eps)
+        tl.static_assert(len(stats) == STATS + STATE_STATS, "state_merge: expected as many as state_stats says")
+    state_waiting = ()
+    for slice in tl.static_range(SLICES if STATE_SUMS > 0 else 0):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 2)
+        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
+        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
+        own, pending = grad_expose(given[:BLOCKS], stats, c, given[BLOCKS + 1], vectors)
+        tl.static_assert(len(own) == STATE_SUMS, "grad_expose: expected as many row sums as state_grad_rows says")
+        store_sums(state_sums_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
+        state_waiting = state_waiting + (pending,)
+    state_sums = add_slices(load_sums(state_sums_ptr, part_place, ROW_SIZE, part_mask, STATE_SUMS))
     waiting = ()
     for slice in tl.static_range(SLICES):
         place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
         given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 3)
         z = given[:BLOCKS]
         c_prev = given[BLOCKS]
+        dc = given[BLOCKS + 2]
         vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
         h, c = cell_update(z, stats, c_prev, vectors, update, GATE_NORMS)
+        if STATE_ROWS > 0:
+            h = expose(z, stats, c, vectors)
+        if STATE_SUMS > 0:
+            dc = dc + grad_state(state_waiting[slice], stats, state_sums, HIDDEN)
         own, early, pending, dc_prev, shares = cell_grad_local(
-            *(z, stats, c, c_prev, given[BLOCKS + 1], given[BLOCKS + 2], vectors, is_unit, grad_local, GATE_NORMS)
+            *(z, stats, c, c_prev, given[BLOCKS + 1], dc, vectors, is_unit, grad_local, GATE_NORMS)
         )
         tl.static_assert(len(own) == SUMS, "grad_local: expected as many row sums as grad_rows says")
         tl.static_assert(len(early) == EARLY, "grad_local: expected as many dz as early has blocks")

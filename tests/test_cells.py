@@ -1,4 +1,4 @@
-"""The cells against implementations of others: PyTorch's layers, and ONNX Runtime's for what PyTorch lacks."""
+"""The cells against others: PyTorch's layers, ONNX Runtime's for what PyTorch lacks, equations written anew."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from novolstm_triton import RecurrentLayer, plan
 from novolstm_triton.cells import CELLS, Block, Cell, Second, Vector, with_kernels
 from novolstm_triton.functional import recurrence
-from novolstm_triton.problems import Problem, errors
+from novolstm_triton.problems import NOVOLSTM, Problem, errors
 from novolstm_triton.testing import check_cell
 
 T, B, I, H = 4, 3, 2, 5
@@ -110,6 +110,32 @@ def as_keras_says(cell: Cell, x: Tensor, states: list[Tensor], given: Weights) -
     return torch.stack(y), h
 
 
+def in_layer_norms(cell: Cell, x: Tensor, states: list[Tensor], given: Weights) -> tuple:
+    """Run the LSTM of Ba, Kiros and Hinton, equations 20 to 22, in plain operations: no layer_norm, gate by gate."""
+
+    def of(name: str, suffix: str = "") -> dict[str, Tensor]:
+        return {gate: given[name][gate + suffix] for gate in "ifgo"}
+
+    def standard(a: Tensor) -> Tensor:
+        centred = a - a.mean(1, keepdim=True)
+        return centred / (centred.square().mean(1, keepdim=True) + cell.eps).sqrt()
+
+    def normalised(v: Tensor, weights: dict[str, Tensor], bias: dict[str, Tensor]) -> dict[str, Tensor]:
+        whole = standard(torch.cat([v @ weights[gate].t() + bias[gate] for gate in "ifgo"], 1))
+        return dict(zip("ifgo", whole.chunk(4, 1), strict=True))
+
+    (h, c), y = states, []
+    for x_t in x:
+        of_h = normalised(h, of("weight_hh", "_h"), of("bias", "_h"))
+        of_x = normalised(x_t, of("weight_ih", "_x"), of("bias", "_x"))
+        gamma_h, gamma_x, beta = (of(f"ln_{name}") for name in ("weight_hh", "weight_ih", "bias"))
+        a = {k: gamma_h[k] * of_h[k] + gamma_x[k] * of_x[k] + beta[k] for k in "ifgo"}
+        c = a["f"].sigmoid() * c + a["i"].sigmoid() * a["g"].tanh()
+        h = a["o"].sigmoid() * (given["ln_weight_ch"]["c"] * standard(c) + given["ln_bias_ch"]["c"]).tanh()
+        y.append(h)
+    return torch.stack(y), h, c
+
+
 ORACLES: dict[str, Callable[..., tuple]] = {
     "lstm": functools.partial(in_pytorch, nn.LSTM),
     "coupled": in_onnx_lstm,
@@ -119,6 +145,7 @@ ORACLES: dict[str, Callable[..., tuple]] = {
     "gru": functools.partial(in_pytorch, nn.GRU),
     "gru_reset_before by Keras's equations": as_keras_says,
     "gru_reset_before by ONNX": in_onnx_gru,
+    "layer_norm_lstm": in_layer_norms,
 }
 """Who else computes what a cell does, by the cell's name, and, after a blank, that of who it is."""
 
@@ -205,7 +232,7 @@ def test_second_product_is_refused_by_name():
         layer(torch.zeros(T, B, I))
 
 
-@pytest.mark.parametrize("name", ["coupled", "peephole", "elman_tanh", "elman_relu", "gru", "gru_reset_before"])
+@pytest.mark.parametrize("name", sorted({*CELLS} - {"lstm", *NOVOLSTM}))
 def test_gradients_of_both_orders(name):
     """Of cells that backend "torch" differentiates from their equations."""
     problem = Problem(3, 2, 2, inputs_size=2, cell=name)

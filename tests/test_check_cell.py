@@ -33,7 +33,7 @@ def test_cell_passes(name):
     if kernels:
         assert kernels[0] == "one step"
         assert {part.split(", ", 2)[2] for part in kernels[1:]} >= KINDS
-        assert any("one exchange" in part for part in kernels) == (CELLS[name].load_kernels().grad_rows > 0)
+        assert any("one exchange" in part for part in kernels) == bool(CELLS[name].load_kernels().companion_gates)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,13 @@ import pytest
 
 from novolstm_triton.testing import GridError
 
-from .support.seeded_faults import BOUNDED, ONE, PLAIN, TWO, mutated, source_of
+from .support.seeded_faults import BOUNDED, ONE, PLAIN, STATE, TWO, mutated, source_of
 
 NAMES = ("forward", "backward", "exchange")
 SYNCHRONISATION = re.compile(r"^\s+(arrive\(|wait\(|arrivals \+= |tl\.debug_barrier|tl\.atomic_add)")
-# Two exchanges in a step of backward, or one; the plain LSTM has one anyway. Bounded waits have lines of their own.
-CASES = (TWO, ONE, PLAIN, BOUNDED)
+# Two exchanges in a step of backward, or one; the plain LSTM has one anyway, a cell that normalises c three. Bounded
+# waits have lines of their own.
+CASES = (TWO, ONE, PLAIN, STATE, BOUNDED)
 
 
 def removals() -> list:

@@ -85,6 +85,8 @@ class Cell:
     vectors: tuple[Vector, ...] = ()
     second: Second | None = None
     """Which blocks have U meet something else than h, if any do. Such a cell has no projection, and no kernels."""
+    biases: bool = True
+    """Whether a module has bias_ih and bias_hh; a cell without adds what it likes, from a vector."""
     recurrent_order: tuple[str, ...] | None = None
     """The blocks of weight_hh and bias_hh as a module has them, where that is not their order here."""
     gained: tuple[int, ...] = ()
@@ -173,7 +175,7 @@ class Cell:
         Args:
             features: I.
             hidden: H.
-            bias: whether there are biases.
+            bias: whether there are biases, if the cell has any.
             projected: P, or 0 without a projection.
         """
         inputs, recurrent = self.inputs * hidden, self.recurrent * hidden
@@ -181,7 +183,7 @@ class Cell:
             "weight_ih": (inputs, features),
             "weight_hh": (recurrent, projected or hidden),
         }
-        if bias:
+        if bias and self.biases:
             shapes |= {"bias_ih": (inputs,), "bias_hh": (recurrent,)}
         if projected:
             shapes |= {"weight_hr": (projected, hidden)}

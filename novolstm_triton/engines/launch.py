@@ -14,7 +14,12 @@ from novolstm_triton import plans as planning
 from novolstm_triton.call import Call, Result, Saved, multiply_by_gain, vectors_with_gain
 from novolstm_triton.cells import CELLS
 from novolstm_triton.engines.streams import one_ahead
-from novolstm_triton.kernels.backward import backward_kernel, cell_states_kernel, statistics_kernel
+from novolstm_triton.kernels.backward import (
+    backward_kernel,
+    cell_states_kernel,
+    state_statistics_kernel,
+    statistics_kernel,
+)
 from novolstm_triton.kernels.cell import CellKernels
 from novolstm_triton.kernels.forward import forward_kernel
 from novolstm_triton.plans import KernelPlan, LaunchPlan, tuned
@@ -56,7 +61,7 @@ def forward(call: Call, chunk: int) -> Result:
     c[0] = c_0
     h = h_0.clone(memory_format=torch.contiguous_format)
     h_ring = _HRing(h_0 if h_mask is None else h_0 * h_mask.view_as(h_0), kernel_plan, min(steps, chunk))
-    row_ring = _row_ring(kernel_plan, directions * batch, kernels.partial_rows, x.device)
+    row_ring = _row_ring(kernel_plan, directions * batch, kernels.partial_rows + kernels.state_rows, x.device)
     counters = _Counters(kernel_plan, len(walks[0]), x.device)
 
     def multiply_inputs(number: int, buffer: Tensor) -> None:
@@ -171,9 +176,12 @@ class _BackwardWalk:
         most_rows = directions * longest * batch
         self._z, self._dz = (x.new_empty(most_rows, len(cell.blocks) * hidden) for _ in range(2))
         self._c = torch.empty(directions * (longest + 1), batch, hidden, **fp32)
-        self._stats = torch.empty(self._kernels.stats * most_rows, **fp32)
+        self._all_stats = self._kernels.stats + self._kernels.state_stats
+        self._stats = torch.empty(self._all_stats * most_rows, **fp32)
         self._companions = _Companions(self._kernels, self._plan, x, longest, self._weight_hh)
-        self._row_ring = _row_ring(self._plan, directions * batch, self._kernels.grad_rows, x.device)
+        self._row_ring = _row_ring(
+            self._plan, directions * batch, self._kernels.grad_rows + self._kernels.state_grad_rows, x.device
+        )
         self._counters = _Counters(self._plan, len(saved.c_border) - 1, x.device)
 
     def run(self, number: int, spans: Sequence["_Span"], done: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -191,7 +199,7 @@ class _BackwardWalk:
         first, stride, start, count = _first(spans[0])
         rows, cell = count * batch, self._saved.call.cell
         z, dz = (a[: directions * rows].view(directions, rows, -1) for a in (self._z, self._dz))
-        stats = self._stats[: self._kernels.stats * directions * rows]
+        stats = self._stats[: self._all_stats * directions * rows]
         c = self._c[: directions * (count + 1)].view(directions, count + 1, batch, hidden)
         operands = [self._recompute(d, span, z[d]) for d, span in enumerate(spans)]
         _softmax_gate(z.flatten(0, 1), self._kernels, hidden)
@@ -453,13 +461,13 @@ def check_offsets(
         "D·B·H, a step's masks of zoneout": rows * hidden if zoneout_masks else 0,
     }
     for walk, kernel_plan, sums in (
-        ("forward", plans.forward, kernels.partial_rows),
-        ("backward", plans.backward, kernels.grad_rows),
+        ("forward", plans.forward, kernels.partial_rows + kernels.state_rows),
+        ("backward", plans.backward, kernels.grad_rows + kernels.state_grad_rows),
     ):
         largest[f"block_b·G·H, the gates of a batch tile in {walk}"] = kernel_plan.block_b * gates * hidden
         if kernel_plan.slices > 1:
             largest[f"row sums of two steps in {walk}"] = 2 * rows * sums * kernel_plan.slices
-            largest[f"arrivals in a chunk in {walk}"] = 2 * chunk * kernel_plan.slices
+            largest[f"arrivals in a chunk in {walk}"] = max(2, kernel_plan.exchanges) * chunk * kernel_plan.slices
     for name, number in largest.items():
         if number > planning.MOST:
             raise ValueError(
@@ -508,6 +516,11 @@ def kernel_constants(
         grad_local=functions.grad_local,
         grad_finish=functions.grad_finish,
         companions=functions.companions,
+        state_partials=functions.state_partials,
+        state_merge=functions.state_merge,
+        expose=functions.expose,
+        grad_expose=functions.grad_expose,
+        grad_state=functions.grad_state,
         EARLY=functions.early,
         LATE=functions.late,
         DIRECTIONS=directions,
@@ -516,6 +529,9 @@ def kernel_constants(
         VECTORS=blocks.vector_blocks,
         GATE_NORMS=functions.gate_norms,
         STATS=functions.stats,
+        STATE_STATS=functions.state_stats,
+        SUMS=functions.grad_rows,
+        STATE_SUMS=functions.state_grad_rows,
         HIDDEN=hidden,
         SLICES=kernel_plan.slices,
         UNITS=kernel_plan.units,
@@ -715,18 +731,24 @@ def _recompute_states(
     """
     z, stats, companions, c = states
     (directions, borders, batch, hidden), rows = c.shape, z.shape[0] * z.shape[1]
+    kernels = [statistics_kernel, cell_states_kernel, state_statistics_kernel]
     constants = [
         kernel_constants(kernel, cell, hidden, kernel_plan, options, "ieee", directions=directions)
-        for kernel in (statistics_kernel, cell_states_kernel)
+        for kernel in kernels
     ]
+    for own in (constants[0], constants[2]):
+        own["num_warps"] = min(16, max(4, own["BLOCK_ROW"] // 256))
+    row_grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
+    vectors, functions = inputs[0], CELLS[cell].load_kernels()
     with _on(z.device):
-        if CELLS[cell].load_kernels().stats:
-            grid = (triton.cdiv(rows, constants[0]["BLOCK_R"]),)
-            constants[0]["num_warps"] = min(16, max(4, constants[0]["BLOCK_ROW"] // 256))
-            statistics_kernel[grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
+        if functions.stats:
+            statistics_kernel[row_grid](z, stats, companions, rows, eps, **constants[0], **FUSION)
         grid = (directions * batch, triton.cdiv(hidden, constants[1]["BLOCK_H"]))
         arguments: tuple[Any, ...] = (z, stats, *inputs, c, batch, borders - 1, *walk)
         cell_states_kernel[grid](*arguments, **constants[1], **FUSION)
+        if functions.state_stats:
+            arguments = (z, stats, vectors, c, rows, batch, borders - 1, walk[1], eps)
+            state_statistics_kernel[row_grid](*arguments, **constants[2], **FUSION)
 
 
 def _add_product(total: Tensor, dz: Tensor, inputs: Tensor) -> None:

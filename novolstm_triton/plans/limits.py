@@ -98,8 +98,8 @@ def fits_registers(
 
 
 def tiles_alive(cell: Cell) -> int:
-    """Return by what factor a step keeps more tiles than usual: with norms of f, g and o also their x̂ and dx̂."""
-    return 2 if cell.load_kernels().gate_norms else 1
+    """Return by what factor a step keeps more tiles than usual."""
+    return cell.load_kernels().tiles_alive
 
 
 def has_wgmma(device: Device) -> bool:

@@ -288,11 +288,12 @@ def _candidate(
 
 
 def _exchanges(cell: Cell, slices: int, backward: bool, pins: Pins) -> int:
-    """Return how often a step exchanges data: of sums over the units, if there are any, and of h or dz."""
+    """Return how often a step exchanges data: sums over the units, sums of c, if there are any, and h or dz."""
     kernels = cell.load_kernels()
-    if not (kernels.grad_rows if backward else kernels.partial_rows):
-        return 1
-    return pins.exchanges if pins.exchanges and backward and slices > 1 else 2
+    sums = bool(kernels.grad_rows if backward else kernels.partial_rows)
+    state_sums = bool(kernels.state_grad_rows if backward else kernels.state_rows)
+    saved = backward and slices > 1 and pins.exchanges == 1 and bool(kernels.companion_gates)
+    return 1 + sums + state_sums - saved
 
 
 def _block_k(hidden: int, largest: int) -> int:

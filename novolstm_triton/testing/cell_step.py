@@ -99,6 +99,7 @@ def by_tile_functions(cell: Cell, kernels: CellKernels, step: Step) -> dict[str,
     vectors = torch.stack([*step.vectors, step.c[0]]).float()
     counts = (1, 1, 1, len(step.vectors), len(z), len(kernels.late), len(kernels.companion_gates))
     functions = ("partials", "merge", "update", "grad_local", "grad_finish", "companions")
+    functions += ("state_partials", "state_merge", "expose", "grad_expose", "grad_state")
     constants: dict[str, Any] = {name: getattr(kernels, name) for name in functions}
     constants |= dict(
         GATE_NORMS=kernels.gate_norms,
@@ -107,12 +108,16 @@ def by_tile_functions(cell: Cell, kernels: CellKernels, step: Step) -> dict[str,
         PARTIALS=kernels.partial_rows,
         STATS=kernels.stats,
         SUMS=kernels.grad_rows,
+        STATE_ROWS=kernels.state_rows,
+        STATE_STATS=kernels.state_stats,
+        STATE_SUMS=kernels.state_grad_rows,
         EARLY=len(kernels.early),
         COMPANIONS=len(kernels.companion_gates),
         **SIZES,
     )
     with cooperative(poison=True):
-        partials, sums = (torch.empty(n, SHAPE[0], SIZES["SLICES"]) for n in (kernels.partial_rows, kernels.grad_rows))
+        rows = (kernels.partial_rows + kernels.state_rows, kernels.grad_rows + kernels.state_grad_rows)
+        partials, sums = (torch.empty(n, SHAPE[0], SIZES["SLICES"]) for n in rows)
         out = torch.empty(sum(counts), *SHAPE)
         step_kernel[(1,)](given, vectors, partials, sums, out, cell.eps, **constants)
     (h,), (c,), (dc_prev,), shares, dz, without, products = (list(part) for part in out.split(counts))
@@ -124,6 +129,6 @@ def by_tile_functions(cell: Cell, kernels: CellKernels, step: Step) -> dict[str,
     for block, corrected in zip(kernels.late, without, strict=True):
         for other, product in zip(kernels.companion_gates, products, strict=True):
             corrected = corrected - product if other == block else corrected
-        if cell.blocks[block].recurrent:
+        if cell.blocks[block].recurrent and kernels.companion_gates:
             results[f"dz of block {cell.blocks[block].name}{BY_COMPANIONS}"] = corrected
     return results

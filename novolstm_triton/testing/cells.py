@@ -124,7 +124,7 @@ def _parts(cell: Cell) -> Iterator[tuple[str, Callable[[int], Errors]]]:
     if cell.kernels is not None:
         kernels = cell.load_kernels()
         yield "one step", functools.partial(_step, cell, kernels)
-        for name, (options, pins) in (LAYERS | (ONE_EXCHANGE if kernels.grad_rows else {})).items():
+        for name, (options, pins) in (LAYERS | (ONE_EXCHANGE if kernels.companion_gates else {})).items():
             run = functools.partial(_interpreted, problem(options), pins)
             slices = pins["slices"]
             yield f"kernels, {slices} slice{'s' if slices > 1 else ''}, {name}", run
