@@ -220,8 +220,8 @@ def recurrence(
     # Inside the layer autocast has done its work: a nested cast would change the dtype of single products.
     with torch.autocast(device.type, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         if backend == "triton":
-            check_triton(call.x.dtype, device)
             cell.check_kernels()
+            check_triton(call.x.dtype, device)
         if call.directions == 1 or (backend == "triton" and weight_hr is None and x.shape[1] > 0):
             y, *states = _run(call, h_0 is not None, backend)
         else:

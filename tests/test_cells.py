@@ -225,7 +225,10 @@ def test_second_product_has_no_kernels_and_no_projection(made_up):
         RecurrentLayer(made_up, I, H, proj_size=2)
 
 
-def test_second_product_is_refused_by_name():
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_second_product_is_refused_by_name(interpreted, monkeypatch):
+    """Not for want of a GPU or an interpreter: neither would help."""
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     layer = RecurrentLayer(CELLS["gru_reset_before"], I, H, backend="triton")
     said = r"backend 'triton' does not run the cell 'gru_reset_before' \(its second product .*\): use backend='torch'"
     with pytest.raises(ValueError, match=said):

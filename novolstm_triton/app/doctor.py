@@ -181,8 +181,8 @@ class _Report:
             self._line("TRITON_INTERPRET", "is set: Triton interprets kernels, very slowly")
         if name == "triton":
             try:
-                check_triton(self._dtype, self._where)
                 CELLS[self._shape.cell].check_kernels()
+                check_triton(self._dtype, self._where)
             except (TypeError, ValueError) as error:
                 self._problem(f"the call raises: {error}")
                 return None
