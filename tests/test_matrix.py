@@ -17,7 +17,7 @@ from novolstm_triton.layers.recurrent import State
 from novolstm_triton.problems import NOVOLSTM
 
 from .support.selection import covering
-from .support.twins import NO_ONEDNN, assert_close, differentiate, lstm_like, running_on
+from .support.twins import NO_ONEDNN, assert_close, differentiate, ours_like, running_on
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
@@ -171,7 +171,7 @@ def expected(case: Case, rounded: torch.dtype, dtype: torch.dtype) -> dict[str, 
 def assert_right(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Require all results of a backend to be as exact as those of PyTorch's operations in the same dtype."""
     layer = case.layer(dtype)
-    layer = (lstm_like(layer) if isinstance(layer, nn.LSTM) else layer).to(dtype)
+    layer = (ours_like(layer) if isinstance(layer, nn.LSTM) else layer).to(dtype)
     with running_on(backend):
         results = differentiate(Called(case, layer), *case.arguments(dtype, dtype))
     case = dataclasses.replace(case, batch_first=False)

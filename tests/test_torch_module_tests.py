@@ -1,6 +1,6 @@
-"""PyTorch's own samples for nn.LSTM, and the checks that its generic tests of modules make with them, on our `LSTM`.
+"""PyTorch's own samples for its recurrent modules, and what its generic tests of modules check with them, on ours.
 
-All samples are unbatched; `test_matrix.py` has the other calls.
+All samples are unbatched; `test_matrix.py` has the other calls of the LSTM, `test_twins.py` those of the others.
 """
 
 import copy
@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,21 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from novolstm_triton import LSTM
+import novolstm_triton
 
-from .support.twins import BACKENDS, NO_ONEDNN, assert_close, copied, differentiate, lstm_like, running_on
+from .support.twins import (
+    BACKENDS,
+    NO_ONEDNN,
+    OURS,
+    assert_close,
+    copied,
+    differentiate,
+    ours_like,
+    running_on,
+    tuple_of,
+)
 
 # What PyTorch says is found out once.
 pytestmark = [pytest.mark.filterwarnings(NO_ONEDNN), pytest.mark.xdist_group("PyTorch's tests")]
 
 CHECKS = {
-    "test_forward": "test_results_are_those_of_nn_lstm, test_unbatched_is_a_batch_of_one",
+    "test_forward": "test_results_are_those_of_pytorch, test_unbatched_is_a_batch_of_one",
     "test_factory_kwargs": "test_factory_arguments_reach_all_parameters",
     "test_device_ctx_init": "test_factory_arguments_reach_all_parameters",
     "test_multiple_device_transfer": "test_to_the_meta_device_and_back",
     "test_to_empty": "test_to_the_meta_device_and_back",
     "test_to": "test_conversion_to_another_dtype",
-    "test_repr": "test_repr_is_that_of_nn_lstm",
+    "test_repr": "test_repr_is_that_of_pytorch",
     "test_pickle": "test_copies_compute_the_same",
     "test_save_load": "test_copies_compute_the_same",
     "test_non_contiguous_tensors": "test_strides_change_nothing",
@@ -47,83 +58,102 @@ NOT_APPLICABLE = {
 }
 """The others, with the reason."""
 
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+
 # In a process of its own: at its import this part of PyTorch changes the settings of hypothesis and of PyTorch.
 SCRIPT = """
 import sys, torch
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
-info = next(info for info in module_db if info.module_cls is torch.nn.LSTM)
 arguments = dict(device="cpu", dtype=torch.float64, requires_grad=False, training=True)
 torch.manual_seed(3)
+infos = {info.module_cls.__name__: info for info in module_db if info.module_cls.__module__ == "torch.nn.modules.rnn"}
 
 def plain(sample):
     given = [sample.constructor_input, sample.forward_input]
     return [part for g in given for part in ((g.args, g.kwargs) if g is not None else ((), {}))]
 
-errors = info.module_error_inputs_func(info, **arguments)
+def error(e):
+    return *plain(e.module_error_input), e.error_on is ModuleErrorEnum.FORWARD_ERROR, e.error_type, e.error_regex
+
 torch.save(
-    dict(
-        samples=[plain(sample) for sample in info.module_inputs_func(info, **arguments)],
-        errors=[
-            (*plain(e.module_error_input), e.error_on is ModuleErrorEnum.FORWARD_ERROR, e.error_type, e.error_regex)
-            for e in errors
-        ],
-        named={decorator.test_name for decorator in info.decorators} - {None},
-    ),
+    {
+        name: dict(
+            samples=[plain(sample) for sample in info.module_inputs_func(info, **arguments)],
+            errors=[error(e) for e in info.module_error_inputs_func(info, **arguments)],
+            named={decorator.test_name for decorator in info.decorators} - {None},
+        )
+        for name, info in infos.items()
+    },
     sys.argv[1],
 )
 """
 
 
 class Sample(NamedTuple):
-    """What nn.LSTM is made of, and called with, in float64."""
+    """What one of PyTorch's layers is made of, and called with, in float64."""
 
+    kind: Any
     sizes: tuple
     options: dict[str, Any]
     inputs: tuple
 
-    def twins(self) -> tuple[nn.LSTM, LSTM]:
-        """Return nn.LSTM and ours with the same parameters."""
+    def twins(self) -> tuple[Any, Any]:
+        """Return PyTorch's layer and ours with the same parameters."""
         # Pytest shows it where a test fails.
-        print(self.sizes, self.options, "with a state" if len(self.inputs) > 1 else "without a state")
-        theirs = nn.LSTM(*self.sizes, **self.options, dtype=torch.float64)
-        return theirs, lstm_like(theirs)
+        print(self.kind, self.sizes, self.options, "with a state" if len(self.inputs) > 1 else "without a state")
+        theirs = self.kind(*self.sizes, **self.options, dtype=torch.float64)
+        return theirs, ours_like(theirs)
+
+    def ours(self, **options: Any) -> Any:
+        """Return a new layer of ours."""
+        return OURS[self.kind](*self.sizes, **self.options, **options)
 
     def leaves(self) -> tuple:
         """Return the inputs, to be differentiated."""
-        x, *state = self.inputs
-        return x.clone().requires_grad_(), *(tuple(s.clone().requires_grad_() for s in pair) for pair in state)
+        return on_each(lambda a: a.clone().requires_grad_(), self.inputs)
+
+
+def on_each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a tensor, or tensors in tuples, with a function of each in its place."""
+    return tuple(on_each(function, v) for v in value) if isinstance(value, tuple) else function(value)
 
 
 @pytest.fixture(scope="module")
 def pytorch(tmp_path_factory) -> dict[str, Any]:
-    """What PyTorch says about tests of nn.LSTM."""
+    """What PyTorch says about tests of its recurrent modules."""
     path = tmp_path_factory.mktemp("samples") / "samples.pt"
     subprocess.run([sys.executable, "-c", SCRIPT, str(path)], check=True)
     return torch.load(path, weights_only=False)
 
 
-@pytest.fixture(scope="module")
-def samples(pytorch) -> list[Sample]:
-    assert not any(options for *_, options in pytorch["samples"])
-    return [Sample(*parts) for *parts, _ in pytorch["samples"]]
+LAYERS = {nn.LSTM: "proj_size", nn.GRU: "bias", nn.RNN: "nonlinearity"}
+"""Each layer, and an option that varies among its samples."""
+
+
+@pytest.fixture(scope="module", params=LAYERS, ids=lambda kind: kind.__name__)
+def samples(pytorch, request) -> list[Sample]:
+    given = pytorch[request.param.__name__]["samples"]
+    assert not any(options for *_, options in given)
+    return [Sample(request.param, *parts) for *parts, _ in given]
 
 
 def test_samples_are_various(samples):
-    assert len(samples) >= 32
+    assert len(samples) >= 16
     assert {len(sample.inputs) for sample in samples} == {1, 2}
-    for name in ("bias", "batch_first", "bidirectional", "proj_size"):
+    for name in ("bias", "batch_first", "bidirectional", LAYERS[samples[0].kind]):
         assert len({sample.options[name] for sample in samples}) == 2
 
 
 def test_every_check_of_pytorch_has_its_place(pytorch):
     assert not set(CHECKS) & set(NOT_APPLICABLE)
-    assert pytorch["named"] <= set(CHECKS) | set(NOT_APPLICABLE)
+    assert {kind.__name__ for kind in LAYERS} | set(CELLS) == set(pytorch)
+    assert {name for kind in pytorch.values() for name in kind["named"]} <= set(CHECKS) | set(NOT_APPLICABLE)
     assert {name for names in CHECKS.values() for name in names.split(", ")} <= set(globals())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_results_are_those_of_nn_lstm(samples, backend):
+def test_results_are_those_of_pytorch(samples, backend):
     for sample in samples:
         theirs, ours = sample.twins()
         for inputs, training in ((sample.inputs, False), (sample.leaves(), True)):
@@ -133,7 +163,7 @@ def test_results_are_those_of_nn_lstm(samples, backend):
 
 
 def test_results_on_triton(samples):
-    for sample in samples[:: max(1, len(samples) // 10)]:
+    for sample in samples[:: max(1, len(samples) // (10 if samples[0].kind is nn.LSTM else 3))]:
         theirs, ours = sample.twins()
         theirs, ours, inputs = theirs.float(), ours.float(), copied(sample.leaves(), torch.float32)
         with running_on("triton"):
@@ -150,27 +180,29 @@ def test_unbatched_is_a_batch_of_one(samples, backend):
         x, *state = sample.inputs
         with running_on(backend):
             y, states = ours(*sample.inputs)
-            rows, states_of_rows = ours(x.unsqueeze(batch), *(tuple(s.unsqueeze(1) for s in pair) for pair in state))
+            rows, states_of_rows = ours(x.unsqueeze(batch), *on_each(lambda s: s.unsqueeze(1), tuple(state)))
         torch.testing.assert_close(y, rows.squeeze(batch))
-        torch.testing.assert_close(states, tuple(s.squeeze(1) for s in states_of_rows))
+        torch.testing.assert_close(states, on_each(lambda s: s.squeeze(1), states_of_rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_factory_arguments_reach_all_parameters(samples, device, dtype):
     for sample in samples:
-        by_argument = LSTM(*sample.sizes, **sample.options, device=device, dtype=dtype)
+        by_argument = sample.ours(device=device, dtype=dtype)
         with torch.device(device):
-            in_block = LSTM(*sample.sizes, **sample.options, dtype=dtype)
+            in_block = sample.ours(dtype=dtype)
         for layer in (by_argument, in_block):
             assert {(p.device.type, p.dtype) for p in layer.parameters()} == {(device, dtype)}
             assert not list(layer.buffers())
 
 
-def test_repr_is_that_of_nn_lstm(samples):
+def test_repr_is_that_of_pytorch(samples):
     for sample in samples:
         theirs, ours = sample.twins()
-        assert repr(ours) == repr(theirs)
+        # nn.RNN shows all options but this one, which decides what it computes.
+        assert repr(ours).replace(", nonlinearity='relu'", "") == repr(theirs)
+        assert ("relu" in repr(ours)) == (sample.options.get("nonlinearity") == "relu")
 
 
 def test_copies_compute_the_same(samples):
@@ -181,7 +213,7 @@ def test_copies_compute_the_same(samples):
         torch.save(ours.state_dict(), weights)
         saved.seek(0)
         weights.seek(0)
-        loaded = LSTM(*sample.sizes, **sample.options).double()
+        loaded = sample.ours().double()
         loaded.load_state_dict(torch.load(weights, weights_only=True))
         whole = torch.load(saved, weights_only=False)
         expected = differentiate(ours, *sample.leaves())
@@ -197,31 +229,32 @@ def as_function(sample: Sample) -> tuple[Any, tuple[Tensor, ...]]:
     x, *state = sample.leaves()
     names = [name for name, _ in ours.named_parameters()]
 
-    def function(x, *others):
-        hx, parameters = (others[:2], others[2:]) if state else (None, others)
-        y, states = torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x, hx))
-        return y, *states
+    flat = [s for hx in state for s in tuple_of(hx)]
 
-    return function, (x, *(s for pair in state for s in pair), *ours.parameters())
+    def function(x, *others):
+        hx, parameters = others[: len(flat)], others[len(flat) :]
+        hx = None if not state else hx if len(hx) == 2 else hx[0]
+        y, states = torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x, hx))
+        return y, *tuple_of(states)
+
+    return function, (x, *flat, *ours.parameters())
 
 
 def test_gradients(samples):
-    for sample in samples:
+    for sample in samples if samples[0].kind is nn.LSTM else samples[1::4]:
         assert gradcheck(*as_function(sample), fast_mode=True, check_batched_grad=True)
 
 
 def test_second_gradients(samples):
     # The others are these with less, or with another order of a batch that is not there.
     fullest = [s for s in samples if len(s.inputs) == 2 and s.options["bias"] and not s.options["batch_first"]]
-    assert len(fullest) >= 4
+    assert len(fullest) >= 2
     for sample in fullest:
         assert gradgradcheck(*as_function(sample), fast_mode=True)
 
 
-def strided(value: Any) -> Any:
-    """Return leaves with the same values, each with its elements apart in memory."""
-    if isinstance(value, tuple):
-        return tuple(strided(v) for v in value)
+def strided(value: Tensor) -> Tensor:
+    """Return a leaf with the same values, its elements apart in memory."""
     spread = torch.stack([value.detach(), torch.full_like(value, torch.nan)], -1)[..., 0]
     assert not spread.is_contiguous()
     return spread.requires_grad_()
@@ -233,7 +266,7 @@ def test_strides_change_nothing(samples, backend):
         _, ours = sample.twins()
         with running_on(backend):
             expected = differentiate(ours, *sample.leaves())
-            assert_close(differentiate(ours, *strided(sample.inputs)), expected)
+            assert_close(differentiate(ours, *on_each(strided, sample.inputs)), expected)
             for name, parameter in ours.named_parameters():
                 setattr(ours, name, nn.Parameter(strided(parameter)))
             assert_close(differentiate(ours, *sample.leaves()), expected)
@@ -245,10 +278,10 @@ def test_to_the_meta_device_and_back(samples):
         y, states = ours(*sample.inputs)
         weights = copy.deepcopy(ours.state_dict())
         ours.to("meta")
-        x, *state = sample.inputs
-        on_meta, states_on_meta = ours(x.to("meta"), *(tuple(s.to("meta") for s in pair) for pair in state))
+        on_meta, states_on_meta = ours(*on_each(lambda a: a.to("meta"), sample.inputs))
         assert on_meta.is_meta
-        assert [a.shape for a in (on_meta, *states_on_meta)] == [a.shape for a in (y, *states)]
+        shapes = [[a.shape for a in (y, *tuple_of(hx))] for y, hx in ((on_meta, states_on_meta), (y, states))]
+        assert shapes[0] == shapes[1]
         ours.to_empty(device="cpu")
         ours.load_state_dict(weights)
         assert torch.equal(ours(*sample.inputs)[0], y)
@@ -278,15 +311,52 @@ def test_modes_differ_by_dropout_only(samples):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_error_samples_raise(pytorch, backend):
-    assert len(pytorch["errors"]) >= 10
-    for sizes, options, inputs, input_options, in_forward, error, message in pytorch["errors"]:
+@pytest.mark.parametrize("name", [*(kind.__name__ for kind in LAYERS), *CELLS])
+def test_error_samples_raise(pytorch, name, backend):
+    errors, kind = pytorch[name]["errors"], getattr(novolstm_triton, name)
+    assert len(errors) >= (4 if name in CELLS else 10)
+    for sizes, options, inputs, input_options, in_forward, error, message in errors:
         print(sizes, options)
         with running_on(backend):
+            if sizes[2:] and isinstance(sizes[2], str):
+                # A nonlinearity in the place of bias, which PyTorch takes for true.
+                with pytest.raises(TypeError, match="bias should be of type bool, got: str"):
+                    kind(*sizes, **options)
+                sizes = sizes[:2]
             if in_forward:
-                layer = LSTM(*sizes, **options)
+                module = kind(*sizes, **options, **({"dtype": torch.float64} if name in CELLS else {}))
                 with pytest.raises(error, match=message):
-                    layer(*inputs, **input_options)
+                    module(*inputs, **input_options)
             else:
                 with pytest.raises(error, match=message):
-                    LSTM(*sizes, **options)
+                    kind(*sizes, **options)
+
+
+def as_step(cell: nn.Module) -> Callable[..., Any]:
+    """Return a cell as a function of its input, states and parameters."""
+    names, states = (
+        [name for name, _ in cell.named_parameters()],
+        2 if isinstance(cell, novolstm_triton.LSTMCell) else 1,
+    )
+
+    def function(x, *others):
+        hx = others[:states] if states == 2 else others[0]
+        return torch.func.functional_call(cell, dict(zip(names, others[states:], strict=True)), (x, hx))
+
+    return function
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("name", CELLS)
+def test_samples_of_cells(pytorch, name, backend):
+    for sizes, options, (x, hx), _ in pytorch[name]["samples"]:
+        print(sizes, options)
+        theirs = getattr(nn, name)(*sizes, **options, dtype=torch.float64)
+        ours = getattr(novolstm_triton, name)(*sizes, **options, dtype=torch.float64, backend=backend)
+        assert repr(ours).replace(f", backend={backend!r}", "").replace("'", "") == repr(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        for inputs in ((x, hx), (x,), on_each(lambda a: a.expand(3, -1), (x, hx))):
+            torch.testing.assert_close(ours(*inputs), theirs(*inputs))
+        given, parameters = [a.clone().requires_grad_() for a in (x, *tuple_of(hx))], list(ours.parameters())
+
+        assert gradcheck(as_step(ours), (*given, *parameters), fast_mode=True)

@@ -1,4 +1,4 @@
-"""PyTorch's nn.LSTM beside a layer of this library that has its parameters, and the comparison of what both make."""
+"""PyTorch's layers beside this library's with their parameters, and the comparison of what both make."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from novolstm_triton import LSTM, use_backend
+from novolstm_triton import GRU, LSTM, RNN, use_backend
 from novolstm_triton.testing import cooperative
 
 from .problems import FLOORS, errors
+
+OURS: dict[type, type[Any]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
+"""PyTorch's layers and their counterparts."""
 
 BACKENDS = ("reference", "torch", "triton")
 
@@ -29,11 +32,12 @@ def running_on(backend: str) -> Iterator[None]:
         yield
 
 
-def lstm_like(theirs: nn.LSTM) -> LSTM:
-    """Return our layer with the options and a copy of the parameters of an nn.LSTM."""
-    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
-    weight = theirs.weight_ih_l0
-    ours = LSTM(*(getattr(theirs, name) for name in names), device=weight.device, dtype=weight.dtype)
+def ours_like(theirs: Any) -> Any:
+    """Return our layer with the options and a copy of the parameters of one of PyTorch's."""
+    names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
+    names += {nn.LSTM: ["proj_size"], nn.GRU: [], nn.RNN: ["nonlinearity"]}[type(theirs)]
+    options, weight = {name: getattr(theirs, name) for name in names}, theirs.weight_ih_l0
+    ours = OURS[type(theirs)](**options, device=weight.device, dtype=weight.dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours.train(theirs.training)
 
@@ -42,7 +46,7 @@ def pair(*args: Any, seed: int = 0, **options: Any) -> tuple[nn.LSTM, LSTM]:
     """Return an nn.LSTM and ours with the same parameters."""
     torch.manual_seed(seed)
     theirs = nn.LSTM(*args, **options)
-    return theirs, lstm_like(theirs)
+    return theirs, ours_like(theirs)
 
 
 def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
@@ -55,15 +59,19 @@ def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def differentiate(module: nn.Module, *args: Any, **options: Any) -> dict[str, Tensor]:
-    """Call a layer; return y, h_n, c_n and the gradients that random weights on all three give to all leaves."""
-    y, (h_n, c_n) = module(*args, **options)
+    """Call a layer; return y, h_n, c_n and the gradients that random weights on all three give to all leaves.
+
+    Of a layer whose state is h alone there is no c_n.
+    """
+    y, states = module(*args, **options)
     y = y.data if isinstance(y, PackedSequence) else y
+    outputs = dict(zip(("y", "h_n", "c_n"), (y, *tuple_of(states)), strict=False))
     generator = torch.Generator().manual_seed(7)
     loss = torch.zeros((), dtype=y.dtype)
-    for output in (y, h_n, c_n):
+    for output in outputs.values():
         weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
         loss = loss + (output * weights).sum()
-    results = {"y": y, "h_n": h_n, "c_n": c_n}
+    results = dict(outputs)
     leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
     for name, value in zip(("input", "h_0", "c_0"), _flat(args), strict=False):
         if value.requires_grad:
@@ -75,10 +83,15 @@ def differentiate(module: nn.Module, *args: Any, **options: Any) -> dict[str, Te
 
 
 def _flat(args: tuple) -> list[Tensor]:
-    """Return the input and the two states, if there are any."""
+    """Return the input and the states, if there are any."""
     x, *states = args
     flat = [x.data if isinstance(x, PackedSequence) else x]
-    return flat + [s for state in states if state is not None for s in state]
+    return flat + [s for state in states if state is not None for s in tuple_of(state)]
+
+
+def tuple_of(states: Any) -> tuple[Tensor, ...]:
+    """Return states (h, c), or h alone, as a tuple."""
+    return (states,) if isinstance(states, Tensor) else tuple(states)
 
 
 def assert_close(results: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor] | None = None) -> None:
