@@ -1,4 +1,4 @@
-"""What layers refuse: in nn.LSTM's very words where it has a check, in words of their own where it has none."""
+"""What layers refuse: in the very words of PyTorch's where these have a check, in words of their own elsewhere."""
 
 import re
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from novolstm_triton import NovoLSTM
+from novolstm_triton import GRU, RNN, NovoLSTM
 
 from .support.layers import B, H, I, T, both
 
@@ -85,6 +85,67 @@ def test_refused_in_the_words_of_nn_lstm(kind, attempt):
     with pytest.raises(theirs.type) as ours:
         attempt(kind)
     assert str(ours.value).replace("NovoLSTM", "LSTM") == str(theirs.value)
+
+
+single_state = pytest.mark.parametrize(
+    ("pytorchs", "ours"), [pytest.param(nn.GRU, GRU, id="GRU"), pytest.param(nn.RNN, RNN, id="RNN")]
+)
+
+SINGLE = {name: attempt for name, attempt in SHARED.items() if "_0" not in name and "state" not in name} | {
+    "proj_size": lambda cls: cls(I, H, proj_size=2),
+    "proj_size-zero": lambda cls: cls(I, H, proj_size=0),
+    "h_0-units": lambda cls: cls(I, H)(X, zeros(1, B, H + 1)),
+    "h_0-rows": lambda cls: cls(I, H)(X, zeros(1, B + 1, H)),
+    "h_0-rows-B-first": lambda cls: cls(I, H, batch_first=True)(X, zeros(1, B, H)),
+    "h_0-layers": lambda cls: cls(I, H, 2)(X, zeros(1, B, H)),
+    "h_0-directions": lambda cls: cls(I, H, bidirectional=True)(X, zeros(1, B, H)),
+    "state-rank": lambda cls: cls(I, H)(X, zeros(B, H)),
+    "unbatched-state-rank": lambda cls: cls(I, H)(zeros(T, I), zeros(1, B, H)),
+    "unbatched-h_0-units": lambda cls: cls(I, H)(zeros(T, I), zeros(1, H + 1)),
+    "state-device": lambda cls: cls(I, H)(X, zeros(1, B, H, device="meta")),
+}
+"""What nn.GRU and nn.RNN refuse in words that say what to do."""
+
+
+@pytest.mark.parametrize("attempt", SINGLE.values(), ids=list(SINGLE))
+@single_state
+def test_refused_in_the_words_of_nn_gru_and_nn_rnn(pytorchs, ours, attempt):
+    with pytest.raises(MESSAGES) as theirs:
+        attempt(pytorchs)
+    with pytest.raises(theirs.type) as own:
+        attempt(ours)
+    # Of a rank nn.RNN says "tensor", and PyTorch's others do not.
+    assert str(own.value) == str(theirs.value).replace("D tensor instead", "D instead")
+
+
+def test_nonlinearity_is_refused_in_the_words_of_nn_rnn():
+    with pytest.raises(ValueError, match="nonlinearity 'sigmoid'") as theirs:
+        nn.RNN(I, H, nonlinearity="sigmoid")
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        RNN(I, H, nonlinearity="sigmoid")
+
+
+SINGLE_OWN: dict[str, tuple] = {
+    "state-pair": (lambda cls: cls(I, H)(X, pair(1, B, H)), TypeError, "state hx to be a Tensor, got tuple of"),
+    "state-dtype": (
+        lambda cls: cls(I, H)(X, zeros(1, B, H, dtype=torch.float64)),
+        RuntimeError,
+        "not the same dtype, found input tensor with Float and hidden tensor with Double",
+    ),
+    "zoneout_c": (lambda cls: cls(I, H, zoneout_c=0.1), TypeError, "zoneout_c"),
+    "zoneout_h": (
+        lambda cls: cls(I, H, zoneout_h=2),
+        ValueError,
+        "zoneout_h: expected a number in range [0, 1], got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("attempt", "error", "words"), SINGLE_OWN.values(), ids=list(SINGLE_OWN))
+@single_state
+def test_states_and_options_of_one_state_are_refused_in_our_own_words(pytorchs, ours, attempt, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        attempt(ours)
 
 
 @both

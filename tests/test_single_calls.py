@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, use_backend
+from novolstm_triton import GRU, LSTM, RNN, GRUCell, LSTMCell, NovoLSTM, NovoLSTMCell, RNNCell, use_backend
 
 from .support.layers import B, H, I, assert_equal, both, layer, sequence, states
 from .support.twins import assert_close, differentiate, pair
@@ -107,6 +107,10 @@ MODULES = {
     "LSTM-stacked": (LSTM(I, H, 3), nn.LSTM(I, H, 3), torch.zeros(1, B, I)),
     "LSTM-bidirectional": (LSTM(I, H, bidirectional=True), nn.LSTM(I, H, bidirectional=True), torch.zeros(1, B, I)),
     "NovoLSTM": (NovoLSTM(I, H), nn.LSTM(I, H), torch.zeros(1, B, I)),
+    "GRU": (GRU(I, H), nn.GRU(I, H), torch.zeros(1, B, I)),
+    "GRUCell": (GRUCell(I, H), nn.GRUCell(I, H), torch.zeros(B, I)),
+    "RNN": (RNN(I, H), nn.RNN(I, H), torch.zeros(1, B, I)),
+    "RNNCell": (RNNCell(I, H), nn.RNNCell(I, H), torch.zeros(B, I)),
 }
 
 
@@ -114,6 +118,7 @@ MODULES = {
 def test_a_step_takes_few_calls(ours, theirs, x):
     """A call of Python's costs some 0.3 µs and nn.LSTM's step 80; bench/bench_cpu.py has the ratio of times."""
     assert calls_of(ours, x) <= 3 * calls_of(theirs, x) + 20
+    assert not any("novolstm" in name for name in operators_of(ours, x))
 
 
 def test_a_step_is_that_of_nn_lstm():

@@ -1,6 +1,6 @@
 """PyTorch's own samples for its recurrent modules, and what its generic tests of modules check with them, on ours.
 
-All samples are unbatched; `test_matrix.py` has the other calls of the LSTM, `test_twins.py` those of the others.
+All samples are unbatched; `test_matrix.py` has the other calls of the LSTM, `test_twins.py` those of GRU and RNN.
 """
 
 import copy
