@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, RecurrentLayer
+from novolstm_triton import GRU, LSTM, RNN, GRUCell, LSTMCell, NovoLSTM, RecurrentLayer, RNNCell
 from novolstm_triton.cells import CELLS
 
 I, H = 5, 8
-RESET_BEFORE = functools.partial(RecurrentLayer, CELLS["gru_reset_before"])
+RESET_BEFORE, PEEPHOLE, COUPLED = (
+    functools.partial(RecurrentLayer, CELLS[name]) for name in ("gru_reset_before", "peephole", "coupled")
+)
 pytestmark = [
     # Of PyTorch's exporter itself.
     pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"),
@@ -91,7 +93,19 @@ def run_exported(module: nn.Module, example: list[Tensor], dynamic: tuple | None
             NovoLSTM, dict(bidirectional=True, batch_first=True, variant="notebook"), True, True, "Scan", id="notebook"
         ),
         pytest.param(NovoLSTM, dict(num_layers=2, layer_norm="all"), True, True, "Scan", id="formula-all"),
-        pytest.param(RESET_BEFORE, dict(bidirectional=True), True, True, "Scan", id="gru-reset-before"),
+        pytest.param(GRU, {}, True, False, "GRU", id="gru"),
+        pytest.param(
+            GRU, dict(num_layers=2, bidirectional=True, batch_first=True), True, True, "GRU", id="gru-lengths"
+        ),
+        pytest.param(GRU, dict(zoneout_h=0.2, bias=False), False, True, "Scan", id="gru-zoneout"),
+        pytest.param(RESET_BEFORE, dict(bidirectional=True), True, True, "GRU", id="gru-reset-before"),
+        pytest.param(RESET_BEFORE, dict(zoneout_h=0.2), True, True, "Scan", id="gru-reset-before-zoneout"),
+        pytest.param(RNN, dict(num_layers=2), False, False, "RNN", id="tanh"),
+        pytest.param(
+            RNN, dict(nonlinearity="relu", bias=False, bidirectional=True), True, True, "RNN", id="relu-lengths"
+        ),
+        pytest.param(PEEPHOLE, dict(bidirectional=True), True, True, "LSTM", id="peephole-lengths"),
+        pytest.param(COUPLED, {}, True, True, "Scan", id="coupled"),
     ],
 )
 def test_computes_the_same_at_any_size(cls, options, state, lengths, operator):
@@ -102,18 +116,21 @@ def test_computes_the_same_at_any_size(cls, options, state, lengths, operator):
     dynamic = (time_and_rows, *[{1: "B"}] * (states_of(layer) * state), *[{0: "B"}] * lengths)
     operators, run = run_exported(module, arguments(layer, 6, 3, state, lengths), dynamic)
     assert operators.count(operator) == layer.num_layers * (2 if layer.bidirectional else 1)
-    assert set(operators) & {"LSTM", "Scan"} == {operator}
+    assert set(operators) & {"LSTM", "GRU", "RNN", "Scan"} == {operator}
     for steps, batch in ((6, 3), (1, rows), (70, 5)):
         given = arguments(layer, steps, batch, state, lengths)
         for result, expected in zip(run(given), module(*given), strict=True):
             torch.testing.assert_close(result, expected.detach(), rtol=0, atol=2e-5)
 
 
-def test_single_cell():
-    cell = LSTMCell(I, H).eval()
+@pytest.mark.parametrize("kind", [LSTMCell, GRUCell, RNNCell])
+def test_single_cell(kind):
+    cell = kind(I, H).eval()
     x = torch.randn(3, I)
-    _, run = run_exported(cell, [x], None)
-    for result, expected in zip(run([x]), cell(x), strict=True):
+    operators, run = run_exported(cell, [x], None)
+    assert kind.__name__.removesuffix("Cell") in operators
+    states = cell(x) if kind is LSTMCell else (cell(x),)
+    for result, expected in zip(run([x]), states, strict=True):
         torch.testing.assert_close(result, expected.detach(), rtol=0, atol=1e-6)
 
 

@@ -1,16 +1,44 @@
 """A layer in the operators of ONNX, which torch.onnx.export(…, dynamo=True) records in place of the kernels.
 
-The plain cell becomes ONNX's own LSTM, every other a Scan whose body is a step of the reference; both take any number
-of steps and rows. None of this has gradients.
+The cells that ONNX has become its own LSTM, GRU and RNN, every other a Scan whose body is a step of the reference; all
+take any number of steps and rows. None of this has gradients.
 """
 
 import dataclasses
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from novolstm_triton.call import Call
 from novolstm_triton.engines import reference
+
+
+class Operator(NamedTuple):
+    """One of ONNX's recurrent operators."""
+
+    name: str
+    inputs: str
+    """The cell's blocks that x feeds, a letter each, in ONNX's order."""
+    recurrent: str
+    """Likewise, those that h feeds."""
+    peepholes: str = ""
+    """Likewise, the blocks of the cell's vectors."""
+    attributes: Mapping[str, Any] = types.MappingProxyType({})
+    """Those that tell the cell from others of the same operator."""
+
+
+OPERATORS = {
+    "lstm": Operator("LSTM", "iofg", "iofg"),
+    "peephole": Operator("LSTM", "iofg", "iofg", "iof"),
+    "gru": Operator("GRU", "zrn", "zrm", attributes=dict(linear_before_reset=1)),
+    "gru_reset_before": Operator("GRU", "zrn", "zrn"),
+    "elman_tanh": Operator("RNN", "h", "h", attributes=dict(activations=["Tanh"])),
+    "elman_relu": Operator("RNN", "h", "h", attributes=dict(activations=["Relu"])),
+}
+"""ONNX's operators by the names of the cells that they compute."""
 
 
 def is_exporting() -> bool:
@@ -24,32 +52,53 @@ def layer(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     options = call.options
     extras = (call.h_mask, call.zoneout_mask, call.weight_hr)
     regularised = options.zoneout_h or options.zoneout_c or any(a is not None for a in extras)
-    return _lstm(call) if call.cell.name == "lstm" and not regularised else _scan(call)
+    operator = None if regularised else OPERATORS.get(call.cell.name)
+    return _scan(call) if operator is None else _operator(call, operator)
 
 
-def _lstm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Record ONNX's LSTM, whose blocks are i|o|f|g."""
-    x, h_0, c_0, lengths = call.x, call.h_0, call.c_0, call.lengths
-    (steps, batch, _), hidden = x.shape, h_0.shape[1]
+def _operator(call: Call, operator: Operator) -> tuple[Tensor, Tensor, Tensor]:
+    """Record one of ONNX's operators."""
+    x, cell, lengths = call.x, call.cell, call.lengths
+    given = [call.h_0, call.c_0][: len(cell.states)]
+    (steps, batch, _), hidden = x.shape, call.h_0.shape[1]
     if lengths is not None:
         lengths = lengths.clamp(0, steps)
-    parameters = (call.weight_ih, call.weight_hh, call.bias)
-    w, r, b = (torch.cat([a.chunk(4)[k] for k in (0, 3, 1, 2)]).unsqueeze(0) for a in parameters)
-    # ONNX has a bias of the inputs and one of the recurrence.
-    b = torch.cat((b, torch.zeros_like(b)), 1)
-    y, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
-        "LSTM",
-        (x, w, r, b, lengths, h_0.unsqueeze(0), c_0.unsqueeze(0)),
-        {"hidden_size": hidden, "direction": "reverse" if call.reverse else "forward"},
-        dtypes=[x.dtype] * 3,
-        shapes=[(steps, 1, batch, hidden), (1, batch, hidden), (1, batch, hidden)],
+    w = _blocks(call.weight_ih, (block.name for block in cell.blocks if block.input))
+    r = _blocks(call.weight_hh, (block.name for block in cell.blocks if block.recurrent))
+    b = _blocks(call.bias, cell.gates)
+    # ONNX has a bias of the inputs and one of the recurrence: blocks that x does not feed have the latter.
+    biases = [b[name] for name in operator.inputs]
+    biases += [torch.zeros_like(b[name]) if name in operator.inputs else b[name] for name in operator.recurrent]
+    own = [
+        *(
+            torch.cat([blocks[name] for name in order])
+            for blocks, order in ((w, operator.inputs), (r, operator.recurrent))
+        ),
+        torch.cat(biases),
+    ]
+    inputs = [x, *(a.unsqueeze(0) for a in own), lengths, *(s.unsqueeze(0) for s in given)]
+    if operator.peepholes:
+        p = _blocks(call.vectors, cell.vectors[0].blocks)
+        inputs.append(torch.cat([p[name] for name in operator.peepholes]).unsqueeze(0))
+    y, *last = torch.onnx.ops.symbolic_multi_out(
+        operator.name,
+        inputs,
+        {"hidden_size": hidden, "direction": "reverse" if call.reverse else "forward", **operator.attributes},
+        dtypes=[x.dtype] * (1 + len(given)),
+        shapes=[(steps, 1, batch, hidden), *[(1, batch, hidden)] * len(given)],
     )
-    y, h_n, c_n = y.squeeze(1), h_n.squeeze(0), c_n.squeeze(0)
+    last = [s.squeeze(0) for s in last]
     if lengths is not None:
         # ONNX gives zeros for the states of a row without steps.
         some = (lengths > 0).unsqueeze(1)
-        h_n, c_n = torch.where(some, h_n, h_0), torch.where(some, c_n, c_0)
-    return y, h_n, c_n
+        last = [torch.where(some, s, before) for s, before in zip(last, given, strict=True)]
+    return y.squeeze(1), last[0], last[-1]
+
+
+def _blocks(tensor: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the blocks of a parameter by the names of those that it has, in their order."""
+    names = [*names]
+    return dict(zip(names, tensor.chunk(len(names)), strict=True))
 
 
 def _scan(call: Call) -> tuple[Tensor, Tensor, Tensor]:

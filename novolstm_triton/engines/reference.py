@@ -45,7 +45,7 @@ def project(x: Tensor, weights: Weights, cell: Cell) -> Tensor:
     if not alone:
         return torch.addmm(weights.bias, x, weights.weight_ih.t())
     fed = torch.addmm(weights.bias[alone:], x, weights.weight_ih.t())
-    return torch.cat((weights.bias[:alone].expand(len(x), -1), fed), 1)
+    return torch.cat((weights.bias[:alone].expand(x.shape[0], -1), fed), 1)
 
 
 def finish_step(
