@@ -239,13 +239,14 @@ CASES = {
     ),
     "γ = 0": Case(gamma_zero),
     "β about 1e3": Case(beta_large),
+    "products and c normalised": Case(unchanged, ("layer_norm_lstm",)),
     "subnormal inputs": Case(
         subnormal,
         ("lstm", "formula", "notebook", *_OTHERS),
         dtypes=("fp32", "fp16"),
         zero=("grad ln_weight", "grad weight_ch"),
     ),
-    "huge inputs": Case(huge, ("lstm", "formula", "notebook", *_OTHERS)),
+    "huge inputs": Case(huge, ("lstm", "formula", "notebook", "layer_norm_lstm", *_OTHERS)),
     "huge pre-activations": Case(
         huge_preactivations, ("lstm", "formula", "notebook"), dtypes=("fp32", "bf16"), zero=_WEIGHTS
     ),
@@ -409,6 +410,8 @@ class Exact:
             if k == self.blocks.at_once * hidden:
                 seen = SEEN[self.cell](z, h)
             z[k] += mpmath.fdot(seen, weights)
+        if self.cell == "layer_norm_lstm":
+            return self._layer_norm_lstm(z, c, inputs)
         if self.cell in UNIT_BY_UNIT:
             vectors = [v for vector in self.blocks.vectors for v in inputs[vector.name]]
             units = [(z[k::hidden], c[k], vectors[k::hidden]) for k in range(hidden)]
@@ -433,13 +436,29 @@ class Exact:
         ]
         return [mpmath.tanh(v) / (1 + mpmath.exp(-o)) for v, o in zip(new_c, gates["o"], strict=True)], new_c
 
+    def _layer_norm_lstm(self, z: list, c: list, inputs: dict[str, list]) -> tuple[list, list]:
+        """Return h and c of the LSTM with layer normalisation after a step."""
+        half, hidden = len(z) // 2, self.hidden
+        names = ("ln_weight_hh", "ln_weight_ih", "ln_bias")
+        terms = zip(self._standard(z[:half]), self._standard(z[half:]), *(inputs[name] for name in names), strict=True)
+        a = [gamma_h * of_h + gamma_x * of_x + beta for of_h, of_x, gamma_h, gamma_x, beta in terms]
+        i, f, g, o = (a[k : k + hidden] for k in range(0, half, hidden))
+        new_c = [_sigmoid(f[k]) * c[k] + _sigmoid(i[k]) * mpmath.tanh(g[k]) for k in range(hidden)]
+        affine = zip(self._standard(new_c), inputs["ln_weight_ch"], inputs["ln_bias_ch"], strict=True)
+        u = [gamma * v + beta for v, gamma, beta in affine]
+        return [_sigmoid(o[k]) * mpmath.tanh(u[k]) for k in range(hidden)], new_c
+
+    def _standard(self, a: list) -> list:
+        """Return numbers less their mean, over their deviation."""
+        mean = sum(a) / len(a)
+        rstd = 1 / mpmath.sqrt(sum((v - mean) ** 2 for v in a) / len(a) + mpmath.mpf(self.blocks.eps))
+        return [(v - mean) * rstd for v in a]
+
     def _norm(self, gate: str, a: list, inputs: dict[str, list]) -> list:
         """Return the layer normalisation of a gate."""
         first, hidden = self.blocks.vectors[0].blocks.index(gate) * self.hidden, self.hidden
-        mean = sum(a) / hidden
-        rstd = 1 / mpmath.sqrt(sum((v - mean) ** 2 for v in a) / hidden + mpmath.mpf(self.blocks.eps))
         weights, biases = (inputs[name][first : first + hidden] for name in ("ln_weight", "ln_bias"))
-        return [w * (v - mean) * rstd + b for v, w, b in zip(a, weights, biases, strict=True)]
+        return [w * v + b for v, w, b in zip(self._standard(a), weights, biases, strict=True)]
 
     def loss(self, inputs: dict[str, list]) -> Any:
         """Return Σ outgoing gradient · output."""
