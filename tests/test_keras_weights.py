@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from novolstm_triton import LSTM, NovoLSTM
+from novolstm_triton import GRU, LSTM, RNN, NovoLSTM
 
 DATA = pathlib.Path(__file__).parent / "data"
 WEIGHTS, MODEL = DATA / "keras" / "layers.weights.h5", DATA / "keras" / "lstm.keras"
+OTHERS = DATA / "keras" / "others.keras"
 T, B, I, H = 6, 3, 3, 4
 
 GATES = ("i", "i_prime", "f", "c", "o")
@@ -26,9 +27,9 @@ NOTEBOOK = [f"{kind}_{gate}" for gate in GATES for kind in "wub" if (kind, gate)
 ORDERS = {"notebook": [*NOTEBOOK, "gamma", "beta"], "formula": [*NOTEBOOK, "u_i_prime", "gamma", "beta"]}
 
 
-def recorded(name: str) -> tuple[Tensor, Tensor]:
+def recorded(name: str, recording: str = "layers.npz") -> tuple[Tensor, Tensor]:
     """Return the input and Keras's output of a layer of the files."""
-    with np.load(DATA / "keras" / "layers.npz") as file:
+    with np.load(DATA / "keras" / recording) as file:
         return torch.from_numpy(file["x"]), torch.from_numpy(file[name])
 
 
@@ -71,6 +72,96 @@ def test_layer_of_a_weights_file_computes_what_keras_computes(name):
 def test_layer_of_a_model_file_computes_what_keras_computes(layer):
     x, expected = recorded("lstm")
     torch.testing.assert_close(LSTM.from_keras(MODEL, layer=layer)(x)[0], expected, rtol=0, atol=1e-6)
+
+
+RECORDED: dict[str, tuple] = {
+    "gru": (GRU, {}, False, True),
+    "gru_both": (GRU, {}, True, False),
+    "tanh": (RNN, {}, True, True),
+    "relu": (RNN, dict(nonlinearity="relu"), False, True),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_other_layers_of_a_model_file_compute_what_keras_computes(name):
+    kind, options, bidirectional, bias = RECORDED[name]
+    x, expected = recorded(name, "others.npz")
+    layer = kind.from_keras(OTHERS, layer=name, **options)
+    assert (type(layer), layer.bidirectional, layer.bias) == (kind, bidirectional, bias)
+    torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-6)
+    again = kind.from_keras(layer.to_keras(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), layer.parameters(), strict=True))
+
+
+def test_other_layers_that_compute_something_else_are_refused():
+    words = "expected before with reset_after=True, got False: a GRU here resets after the product"
+    with pytest.raises(ValueError, match=words):
+        GRU.from_keras(OTHERS, layer="before")
+    with pytest.raises(ValueError, match="expected relu with activation='tanh', got 'relu'"):
+        RNN.from_keras(OTHERS, layer="relu")
+    with pytest.raises(ValueError, match="expected tanh with activation='relu', got 'tanh'"):
+        RNN.from_keras(OTHERS, layer="tanh", nonlinearity="relu")
+    with pytest.raises(ValueError, match=r"that fit: gru_both \(layers/bidirectional\), gru \(layers/gru\); got None"):
+        GRU.from_keras(OTHERS)
+    with pytest.raises(ValueError, match="expected a layer that fits"):
+        LSTM.from_keras(OTHERS)
+
+
+def other_arrays(kind: type, seed: int = 0) -> list[np.ndarray]:
+    rng, blocks = np.random.default_rng(seed), 3 if kind is GRU else 1
+    shapes = (I, blocks * H), (H, blocks * H), (2, blocks * H) if kind is GRU else (H,)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("directions", [1, 2], ids=["one-way", "bidirectional"])
+@pytest.mark.parametrize("count", [2, 3], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("kind", [GRU, RNN])
+def test_arrays_of_other_layers_return_unchanged(kind, count, directions):
+    arrays = [array for d in range(directions) for array in other_arrays(kind, d)[:count]]
+    layer = kind.from_keras(arrays)
+    assert (layer.bias, layer.bidirectional, layer.batch_first) == (count == 3, directions == 2, True)
+    for got, array in zip(layer.to_keras(), arrays, strict=True):
+        np.testing.assert_array_equal(got, array)
+    names = ("kernel", "recurrent_kernel", "bias")[:count]
+    named = kind.from_keras(dict(zip(names, arrays[:count], strict=True)))
+    np.testing.assert_array_equal(named.to_keras()[0], arrays[0])
+
+
+def test_to_keras_adds_the_biases_of_an_rnn_and_keeps_those_of_a_gru():
+    rnn, gru = RNN(I, H), GRU(I, H)
+    biases = [rnn.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0")]
+    np.testing.assert_array_equal(rnn.to_keras()[2], (biases[0] + biases[1]).detach().numpy())
+    bias = torch.from_numpy(gru.to_keras()[2])
+    order = [k * H + unit for k in (1, 0, 2) for unit in range(H)]
+    assert torch.equal(bias, torch.stack([gru.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0")])[:, order])
+
+
+OTHER_ERRORS: dict[str, tuple] = {
+    "reset-before": (
+        GRU,
+        [*other_arrays(GRU)[:2], np.zeros(3 * H)],
+        r"expected bias of shape \(2, 12\), got \(12,\), that of a GRU with reset_after=False.*'gru_reset_before'",
+    ),
+    "gru-count": (GRU, other_arrays(GRU)[:1], "the weights of a keras.layers.GRU, got 1"),
+    "gru-blocks": (GRU, [np.zeros((I, 4)), np.zeros((4, 4))], r"kernel of shape \(I, 3H\)"),
+    "gru-of-lstm": (GRU, lstm_arrays(), r"kernel of shape \(I, 3H\), got \(3, 16\)"),
+    "lstm-of-gru": (LSTM, other_arrays(GRU), r"recurrent_kernel of shape \(3, 12\), got \(4, 12\)"),
+    "rnn-count": (RNN, other_arrays(RNN)[:1], "the weights of a keras.layers.SimpleRNN, got 1"),
+    "rnn-of-gru": (RNN, other_arrays(GRU), r"recurrent_kernel of shape \(12, 12\), got \(4, 12\)"),
+}
+
+
+@pytest.mark.parametrize(("kind", "weights", "words"), OTHER_ERRORS.values(), ids=OTHER_ERRORS)
+def test_bad_arrays_of_other_layers(kind, weights, words):
+    with pytest.raises(ValueError, match=words):
+        kind.from_keras(weights)
+
+
+@pytest.mark.parametrize("kind", [GRU, RNN])
+@pytest.mark.parametrize(("option", "value"), [("num_layers", 2), ("zoneout_h", 0.1)])
+def test_to_keras_of_other_layers_refuses_what_no_keras_layer_computes(kind, option, value):
+    with pytest.raises(ValueError, match=f"{option}: expected .* for a Keras layer"):
+        kind(I, H, **{option: value}).to_keras()
 
 
 @pytest.mark.parametrize("directions", [1, 2], ids=["one-way", "bidirectional"])

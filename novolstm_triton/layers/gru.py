@@ -1,6 +1,8 @@
 """Drop-ins for PyTorch's GRU: `GRU` and `GRUCell`."""
 
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.recurrent import Recurrent, States, check_no_projection
 from novolstm_triton.layers.single_step import RecurrentCell
 from novolstm_triton.weights.torch import from_torch, to_torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class _Steps(Recurrent):
@@ -103,6 +108,50 @@ class GRU(_Steps, RecurrentLayer):
             ValueError: the layer has recurrent_dropout or zoneout, or its parameters are not those of a GRU.
         """
         return to_torch(self)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "GRU":
+        """Return a layer that computes what the `keras.layers.GRU` with these weights computes.
+
+        The Keras layer has to have its default activations and reset_after=True, the default, which its weights do not
+        tell unless they have a bias; a `.keras` file does, and is checked. With reset_after=False it is another
+        function, the cell "gru_reset_before".
+
+        Args:
+            weights: [kernel [I, 3H], recurrent_kernel [H, 3H], bias [2, 3H]], blocks z|r|h, or the first two, as
+                `get_weights()` returns them; or in another of the forms that `LSTM.from_keras` takes.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: device, backend and so on. Where none are given, batch_first is True, as in Keras, and
+                dtype is the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.weights.keras import from_keras
+
+        return from_keras(cls, weights, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return [kernel, recurrent_kernel, bias] for the Keras layer's `set_weights`, without bias if there is none.
+
+        A bidirectional layer returns those of the forward, then those of the backward direction. The two biases are
+        Keras's; bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, or with zoneout.
+        """
+        from novolstm_triton.weights.keras import to_keras
+
+        return to_keras(self)
 
 
 class GRUCell(_Steps, RecurrentCell):

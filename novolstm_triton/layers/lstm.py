@@ -144,9 +144,9 @@ class LSTM(_Steps, RecurrentLayer):
             FileNotFoundError: there is no such file.
             ImportError: a file is given and h5py is missing.
         """
-        from novolstm_triton.weights.keras import lstm_from_keras
+        from novolstm_triton.weights.keras import from_keras
 
-        return lstm_from_keras(cls, weights, layer, options)
+        return from_keras(cls, weights, layer, options)
 
     def to_keras(self) -> "list[np.ndarray]":
         """Return [kernel, recurrent_kernel, bias] for the Keras layer's `set_weights`, without bias if there is none.
@@ -157,9 +157,9 @@ class LSTM(_Steps, RecurrentLayer):
         Raises:
             ValueError: there is no such Keras layer: of several layers, with a projection or zoneout.
         """
-        from novolstm_triton.weights.keras import lstm_to_keras
+        from novolstm_triton.weights.keras import to_keras
 
-        return lstm_to_keras(self)
+        return to_keras(self)
 
 
 class LSTMCell(_Steps, RecurrentCell):

@@ -1,7 +1,8 @@
 """Drop-ins for PyTorch's RNN, Elman's network with tanh or relu: `RNN` and `RNNCell`."""
 
-from collections.abc import Iterator
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.recurrent import Recurrent, States, check_no_projection
 from novolstm_triton.layers.single_step import RecurrentCell
 from novolstm_triton.weights.torch import from_torch, to_torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _OPERATORS = {"tanh": torch.rnn_tanh_cell, "relu": torch.rnn_relu_cell}
 
@@ -127,6 +131,49 @@ class RNN(_Steps, RecurrentLayer):
             ValueError: the layer has recurrent_dropout or zoneout, or its parameters are not those of an RNN.
         """
         return to_torch(self)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: "Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]",
+        *,
+        layer: str | None = None,
+        **options: Any,
+    ) -> "RNN":
+        """Return a layer that computes what the `keras.layers.SimpleRNN` with these weights computes.
+
+        The Keras layer's activation has to be the option nonlinearity, which its weights do not tell; a `.keras` file
+        does, and is checked.
+
+        Args:
+            weights: [kernel [I, H], recurrent_kernel [H, H], bias [H]], or the first two, as
+                `get_weights()` returns them; or in another of the forms that `LSTM.from_keras` takes.
+            layer: name in Keras, or path in the file, of the layer to take from a file that has several.
+            **options: nonlinearity, device, backend and so on. Where none are given, batch_first is True, as in Keras,
+                and dtype is the arrays'.
+
+        Raises:
+            TypeError: `weights` or an option of the wrong type.
+            ValueError: a shape, name or number of arrays that does not fit; a damaged file; no such layer in it.
+            FileNotFoundError: there is no such file.
+            ImportError: a file is given and h5py is missing.
+        """
+        from novolstm_triton.weights.keras import from_keras
+
+        return from_keras(cls, weights, layer, options)
+
+    def to_keras(self) -> "list[np.ndarray]":
+        """Return [kernel, recurrent_kernel, bias] for the Keras layer's `set_weights`, without bias if there is none.
+
+        A bidirectional layer returns those of the forward, then those of the backward direction. The sum of the two
+        biases is Keras's; bfloat16 becomes fp32.
+
+        Raises:
+            ValueError: there is no such Keras layer: of several layers, or with zoneout.
+        """
+        from novolstm_triton.weights.keras import to_keras
+
+        return to_keras(self)
 
 
 class RNNCell(_Steps, RecurrentCell):

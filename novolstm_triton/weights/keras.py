@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from novolstm_triton.weights.keras_files import read_layer
 
 if TYPE_CHECKING:
     from novolstm_triton.layers.layer import RecurrentLayer
-    from novolstm_triton.layers.lstm import LSTM
     from novolstm_triton.layers.novolstm import NovoLSTM
 
 KERAS_EPS = 1e-3
@@ -47,7 +46,27 @@ _NOTEBOOK = (
 _NOVOLSTM = {"notebook": (*_NOTEBOOK, "gamma", "beta"), "formula": (*_NOTEBOOK, "u_i_prime", "gamma", "beta")}
 """Names of NovoLSTM's weights, in the order in which the Keras layer makes them."""
 
-_LSTM = ("kernel", "recurrent_kernel", "bias")
+_NAMES = ("kernel", "recurrent_kernel", "bias")
+"""Names of the weights of Keras's own layers, of which the last may be missing."""
+
+
+class _Layer(NamedTuple):
+    """One of Keras's own recurrent layers."""
+
+    name: str
+    order: tuple[int, ...]
+    """Which of our blocks each of Keras's is; and the reverse, for none moves but by exchange with another."""
+    two_biases: bool = False
+    """Whether there is a bias of the inputs and one of the recurrence, [2, G·H]; elsewhere it is their sum [G·H]."""
+
+
+_LAYERS = {
+    "LSTM": _Layer("LSTM", (0, 1, 2, 3)),
+    # z|r|h there, r|z|n here.
+    "GRU": _Layer("GRU", (1, 0, 2), two_biases=True),
+    "RNN": _Layer("SimpleRNN", (0,)),
+}
+"""Keras's layers by the names of our classes."""
 
 _FIXED = ("input_size", "hidden_size", "num_layers", "bias", "dropout", "bidirectional", "proj_size", "layer_norm")
 
@@ -64,7 +83,7 @@ def novolstm_from_keras(
     def split(given: Any) -> list[Arrays]:
         return _by_direction(given, (names,), _novolstm_shapes, f"a NovoLSTM of variant {variant!r}")
 
-    directions = _directions(weights, layer, split)
+    directions = _directions(weights, layer, split, {})
     parameters = []
     for arrays in directions:
         kinds = {"w": cell.gates, "u": cell.gates[: cell.recurrent], "b": cell.gates}
@@ -76,16 +95,27 @@ def novolstm_from_keras(
     return _built(cls, parameters, {"variant": variant, "ln_eps": KERAS_EPS} | dict(options))
 
 
-def lstm_from_keras(cls: "type[LSTM]", weights: Any, layer: str | None, options: Mapping[str, Any]) -> "LSTM":
-    """Implement `LSTM.from_keras`."""
+def from_keras(cls: type[L], weights: Any, layer: str | None, options: Mapping[str, Any]) -> L:
+    """Implement `from_keras` of the layers that Keras has, too."""
+    theirs, configured = _layer_like(cls), {}
+    if theirs.name == "SimpleRNN":
+        configured = {"activation": options.get("nonlinearity", "tanh")}
+    elif theirs.name == "GRU":
+        configured = {"reset_after": True}
 
     def split(given: Any) -> list[Arrays]:
-        return _by_direction(given, (_LSTM, _LSTM[:2]), _lstm_shapes, "a keras.layers.LSTM")
+        def shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
+            return _shapes(arrays, theirs)
+
+        return _by_direction(given, (_NAMES, _NAMES[:2]), shapes, f"a keras.layers.{theirs.name}")
 
     parameters = []
-    for arrays in _directions(weights, layer, split):
+    for arrays in _directions(weights, layer, split, configured):
         own = {"weight_ih": arrays["kernel"].T, "weight_hh": arrays["recurrent_kernel"].T}
-        parameters.append(own | ({"bias_ih": arrays["bias"]} if "bias" in arrays else {}))
+        if "bias" in arrays:
+            biases = arrays["bias"] if theirs.two_biases else [arrays["bias"]]
+            own |= dict(zip(("bias_ih", "bias_hh"), biases, strict=False))
+        parameters.append({name: _reordered(array, theirs) for name, array in own.items()})
     return _built(cls, parameters, options)
 
 
@@ -103,6 +133,7 @@ def novolstm_to_keras(layer: "NovoLSTM") -> list[np.ndarray]:
     gain = layer.hidden_size if layer.gate_gain == "hidden" else float(layer.gate_gain)
     result = []
     for own in _own_weights(layer):
+        own |= engine_weights(layer._cell, own)
         if own["bias"] is None:
             own["bias"] = own["weight_ih"].new_zeros(own["weight_ih"].shape[0])
         arrays = {}
@@ -116,19 +147,39 @@ def novolstm_to_keras(layer: "NovoLSTM") -> list[np.ndarray]:
     return result
 
 
-def lstm_to_keras(layer: "LSTM") -> list[np.ndarray]:
-    """Implement `LSTM.to_keras`."""
+def to_keras(layer: "RecurrentLayer") -> list[np.ndarray]:
+    """Implement `to_keras` of the layers that Keras has, too."""
+    theirs = _layer_like(type(layer))
     _check_counterpart(layer)
     result = []
     for own in _own_weights(layer):
-        result += [_array(own[name]) for name in ("weight_ih", "weight_hh", *(["bias"] if layer.bias else []))]
+        given = [own["weight_ih"], own["weight_hh"]]
+        if layer.bias:
+            biases = own["bias_ih"], own["bias_hh"]
+            # Side by side, for a matrix is transposed.
+            given.append(torch.stack(biases, 1) if theirs.two_biases else biases[0] + biases[1])
+        blocks = len(theirs.order)
+        result += [_array(torch.cat([w.chunk(blocks)[k] for k in theirs.order])) for w in given]
     return result
 
 
-def _directions(weights: Any, layer: str | None, split: Callable[[Any], list[Arrays]]) -> list[Arrays]:
-    """Return each direction's arrays from weights in any of the accepted forms."""
+def _layer_like(cls: type[Any]) -> _Layer:
+    """Return Keras's layer that computes what one of our classes, or a subclass of it, computes."""
+    return next(_LAYERS[base.__name__] for base in cls.__mro__ if base.__name__ in _LAYERS)
+
+
+def _reordered(array: np.ndarray, theirs: _Layer) -> np.ndarray:
+    """Return an array whose rows are in Keras's order of blocks in ours, or the reverse."""
+    blocks = np.split(array, len(theirs.order))
+    return np.concatenate([blocks[k] for k in theirs.order])
+
+
+def _directions(
+    weights: Any, layer: str | None, split: Callable[[Any], list[Arrays]], configured: Mapping[str, Any]
+) -> list[Arrays]:
+    """Return each direction's arrays from weights in any of the accepted forms; `configured` as for `read_layer`."""
     if isinstance(weights, (str, os.PathLike)):
-        return read_layer(os.fspath(weights), layer, split)
+        return read_layer(os.fspath(weights), layer, split, configured)
     if layer is not None:
         raise ValueError(f"layer: expected None beside arrays, got {layer!r}")
     return split(weights)
@@ -189,11 +240,18 @@ def _novolstm_shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
     return {name: matrices.get(name.partition("_")[0], (hidden,)) for name in arrays}
 
 
-def _lstm_shapes(arrays: Arrays) -> dict[str, tuple[int, ...]]:
-    features, blocks = _matrix(arrays["kernel"], "kernel")
-    if blocks % 4:
-        raise ValueError(f"weights: expected kernel of shape (I, 4H), got {arrays['kernel'].shape}")
-    return {"kernel": (features, blocks), "recurrent_kernel": (blocks // 4, blocks), "bias": (blocks,)}
+def _shapes(arrays: Arrays, theirs: _Layer) -> dict[str, tuple[int, ...]]:
+    features, rows = _matrix(arrays["kernel"], "kernel")
+    blocks = len(theirs.order)
+    if rows % blocks:
+        raise ValueError(f"weights: expected kernel of shape (I, {blocks}H), got {arrays['kernel'].shape}")
+    if theirs.two_biases and "bias" in arrays and arrays["bias"].shape == (rows,):
+        raise ValueError(
+            f"weights: expected bias of shape {(2, rows)}, got {(rows,)}, that of a {theirs.name} with "
+            "reset_after=False, which resets before the product; here it is the cell 'gru_reset_before'"
+        )
+    bias = (2, rows) if theirs.two_biases else (rows,)
+    return {"kernel": (features, rows), "recurrent_kernel": (rows // blocks, rows), "bias": bias}
 
 
 def _matrix(array: np.ndarray, name: str) -> tuple[int, ...]:
@@ -216,7 +274,7 @@ def _built(cls: type[L], directions: Sequence[Arrays], options: Mapping[str, Any
             for name, array in arrays.items():
                 # A copy, which PyTorch may write to.
                 layer.get_parameter(name + suffix).copy_(torch.from_numpy(np.array(array, order="C")))
-            if layer.bias:
+            if layer.bias and "bias_hh" not in arrays:
                 layer.get_parameter("bias_hh" + suffix).zero_()
     return layer
 
@@ -230,9 +288,7 @@ def _check_counterpart(layer: "RecurrentLayer") -> None:
 
 def _own_weights(layer: "RecurrentLayer") -> list[dict[str, Any]]:
     suffixes = ("_l0", "_l0_reverse") if layer.bidirectional else ("_l0",)
-    with torch.no_grad():
-        given = [layer_weights(layer, suffix) for suffix in suffixes]
-        return [own | engine_weights(layer._cell, own) for own in given]
+    return [layer_weights(layer, suffix) for suffix in suffixes]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,9 @@ _DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError, zip
 _CONFIGURED = {"activation": "tanh", "recurrent_activation": "sigmoid", "merge_mode": "concat"}
 """How a layer in a file has to be configured, if the file says: this library computes nothing else."""
 
+_REASONS = {"reset_after": ": a GRU here resets after the product, as nn.GRU does"}
+"""What a message adds about a setting."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -39,13 +42,16 @@ class Stored:
     arrays: list[np.ndarray]
 
 
-def read_layer(path: str, layer: str | None, split: Callable[[list[np.ndarray]], R]) -> R:
+def read_layer(
+    path: str, layer: str | None, split: Callable[[list[np.ndarray]], R], configured: Mapping[str, Any]
+) -> R:
     """Return what `split` makes of the arrays of one layer of a file.
 
     Args:
         path: of the file.
         layer: name or path of the layer; None takes the only one whose arrays `split` accepts.
         split: takes a layer's arrays and raises ValueError or TypeError if they do not fit.
+        configured: settings that the layer has to have, in addition to or in place of the usual ones.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,7 +72,7 @@ def read_layer(path: str, layer: str | None, split: Callable[[list[np.ndarray]],
     if stored is None:
         raise ValueError(f"{path}: a legacy HDF5 file; save the model in Keras 3 as .weights.h5 or .keras")
     chosen = _chosen(path, stored, layer, split)
-    _check_configuration(configuration, chosen.name, path)
+    _check_configuration(configuration, chosen.name, path, _CONFIGURED | dict(configured))
     return split(chosen.arrays)
 
 
@@ -181,7 +187,7 @@ def _chosen(path: str, stored: list[Stored], layer: str | None, split: Callable[
     return found[0]
 
 
-def _check_configuration(configuration: Any, name: str, path: str) -> None:
+def _check_configuration(configuration: Any, name: str, path: str, expected: Mapping[str, Any]) -> None:
     """Raise ValueError if the model's configuration says that the layer computes something else."""
     for layer in _walk(configuration):
         own = layer.get("config")
@@ -193,10 +199,10 @@ def _check_configuration(configuration: Any, name: str, path: str) -> None:
             settings = part.get("config")
             if not isinstance(settings, dict):
                 continue
-            expected = _CONFIGURED | {"go_backwards": part is backward}
-            for key, value in expected.items():
+            for key, value in (*expected.items(), ("go_backwards", part is backward)):
                 if key in settings and settings[key] != value:
-                    raise ValueError(f"{path}: expected {name} with {key}={value!r}, got {settings[key]!r}")
+                    reason = _REASONS.get(key, "")
+                    raise ValueError(f"{path}: expected {name} with {key}={value!r}, got {settings[key]!r}{reason}")
 
 
 def _walk(node: Any) -> Iterator[dict]:

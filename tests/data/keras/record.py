@@ -51,7 +51,7 @@ def randomise(layer: keras.layers.Layer, rng: np.random.Generator) -> None:
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the three files of LSTMs."""
     keras.utils.set_random_seed(7)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(B, T, I)).astype(np.float32)
@@ -82,5 +82,26 @@ def main() -> None:
     np.savez_compressed(FOLDER / "layers.npz", x=x, **arrays)
 
 
+def record_others() -> None:
+    """Write the two files of GRUs and SimpleRNNs."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(B, T, I)).astype(np.float32)
+    source = keras.Input((T, I))
+    recurrent = {
+        "gru": layers.GRU(H, return_sequences=True, name="gru"),
+        "gru_both": layers.Bidirectional(layers.GRU(H, use_bias=False, return_sequences=True), name="gru_both"),
+        "before": layers.GRU(H, reset_after=False, return_sequences=True, name="before"),
+        "tanh": layers.Bidirectional(layers.SimpleRNN(H, return_sequences=True), name="tanh"),
+        "relu": layers.SimpleRNN(H, activation="relu", return_sequences=True, name="relu"),
+    }
+    model = keras.Model(source, [layer(source) for layer in recurrent.values()])
+    for layer in recurrent.values():
+        randomise(layer, rng)
+    model.save(FOLDER / "others.keras")
+    arrays = dict(zip(recurrent, model.predict(x, verbose=0), strict=True))
+    np.savez_compressed(FOLDER / "others.npz", x=x, **arrays)
+
+
 if __name__ == "__main__":
     main()
+    record_others()
