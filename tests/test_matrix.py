@@ -1,4 +1,4 @@
-"""Layers in every combination of their options: `LSTM` computes what nn.LSTM does, NovoLSTM what its equations say."""
+"""Layers in every combination of their options: those of PyTorch compute the same, NovoLSTM what it is defined as."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from novolstm_triton.layers.recurrent import State
 from novolstm_triton.problems import NOVOLSTM
 
 from .support.selection import covering
-from .support.twins import NO_ONEDNN, assert_close, differentiate, ours_like, running_on
+from .support.twins import NO_ONEDNN, assert_close, differentiate, ours_like, running_on, tuple_of
 
 pytestmark = pytest.mark.filterwarnings(NO_ONEDNN)
 
@@ -26,8 +26,16 @@ T, B, I, H, P = 4, 3, 3, 5, 2
 LENGTHS = {"whole": [4, 4, 4], "lengths": [4, 0, 2], "sorted": [4, 3, 1], "unsorted": [1, 4, 3]}
 """Ways to give a batch, and the rows' lengths; the last two are of a PackedSequence."""
 
+PYTORCH = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "elman_tanh": nn.RNN,
+    "elman_relu": functools.partial(nn.RNN, nonlinearity="relu"),
+}
+"""PyTorch's layers by the names of their cells."""
+
 AXES: dict[str, tuple] = {
-    "cell": ("lstm", *NOVOLSTM),
+    "cell": (*PYTORCH, *NOVOLSTM),
     "bidirectional": (False, True),
     "num_layers": (1, 2),
     "proj_size": (0, P),
@@ -65,11 +73,11 @@ class Case:
         return float(H) if self.cell.startswith("formula") else 1.0
 
     def layer(self, rounded: torch.dtype) -> nn.Module:
-        """Return nn.LSTM or NovoLSTM in float64, its parameters drawn anew and rounded to a dtype."""
-        names = ("num_layers", "bidirectional", "proj_size", "batch_first")
+        """Return a layer of PyTorch or NovoLSTM in float64, its parameters drawn anew and rounded to a dtype."""
+        names = ["num_layers", "bidirectional", "batch_first"] + ["proj_size"] * (self.proj_size > 0)
         options: dict[str, Any] = dict(dtype=torch.float64) | {name: getattr(self, name) for name in names}
-        if self.cell == "lstm":
-            layer = nn.LSTM(I, H, **options)
+        if self.cell in PYTORCH:
+            layer = PYTORCH[self.cell](I, H, **options)
         else:
             variant, _, every = self.cell.partition("_")
             options |= dict(variant=variant, layer_norm=every or "input_gate", gate_gain=self.gate_gain)
@@ -80,15 +88,15 @@ class Case:
             parameter.data = (drawn + name.startswith("ln_weight")).to(rounded).double()
         return layer
 
-    def arguments(self, rounded: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, State]:
-        """Return x [T, B, I], with something in its padding, and (h_0, c_0), as leaves."""
+    def arguments(self, rounded: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """Return x [T, B, I], with something in its padding, and (h_0, c_0), or h_0, as leaves."""
         generator = torch.Generator().manual_seed(2)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         shapes = ((T, B, I), (layers, B, self.proj_size or H), (layers, B, H))
         x, h_0, c_0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
         x[torch.arange(T).unsqueeze(1) >= self.lengths] = 100.0
         x, h_0, c_0 = (a.to(rounded).to(dtype).requires_grad_() for a in (x, h_0, c_0))
-        return x, (h_0, c_0)
+        return x, (h_0, c_0) if "c" in CELLS[self.cell].states else h_0
 
 
 class Called(nn.Module):
@@ -98,7 +106,7 @@ class Called(nn.Module):
         super().__init__()
         self.case, self.layer = case, layer
 
-    def forward(self, x: Tensor, hx: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         case, first = self.case, self.case.batch_first
         x = x.transpose(0, 1) if first else x
         if case.way in ("whole", "lengths"):
@@ -111,15 +119,16 @@ class Called(nn.Module):
 
 
 class OfPyTorch(Called):
-    """An nn.LSTM: rows with steps as a PackedSequence; those without, which it does not take, left as they are."""
+    """A layer of PyTorch: rows with steps as a PackedSequence; those without, which it does not take, as they are."""
 
-    def forward(self, x: Tensor, hx: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, hx: Any) -> tuple[Tensor, Any]:
         rows = self.case.lengths.nonzero().squeeze(1)
         packed = pack_padded_sequence(x[:, rows], self.case.lengths[rows], enforce_sorted=False)
-        packed, states = self.layer(packed, tuple(s[:, rows] for s in hx))
+        own = [s[:, rows] for s in tuple_of(hx)]
+        packed, states = self.layer(packed, tuple(own) if len(own) > 1 else own[0])
         y, _ = pad_packed_sequence(packed, total_length=T)
-        h_n, c_n = (s.index_copy(1, rows, new) for s, new in zip(hx, states, strict=True))
-        return y.new_zeros(T, B, y.shape[2]).index_copy(1, rows, y), (h_n, c_n)
+        last = tuple(s.index_copy(1, rows, new) for s, new in zip(tuple_of(hx), tuple_of(states), strict=True))
+        return y.new_zeros(T, B, y.shape[2]).index_copy(1, rows, y), last
 
 
 class RowByRow(Called):
@@ -164,14 +173,14 @@ class RowByRow(Called):
 @functools.cache
 def expected(case: Case, rounded: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return all results in a dtype, of arguments and parameters that were rounded to another."""
-    exact = OfPyTorch if case.cell == "lstm" else RowByRow
+    exact = OfPyTorch if case.cell in PYTORCH else RowByRow
     return differentiate(exact(case, case.layer(rounded).to(dtype)), *case.arguments(rounded, dtype))
 
 
 def assert_right(case: Case, backend: str, dtype: torch.dtype) -> None:
     """Require all results of a backend to be as exact as those of PyTorch's operations in the same dtype."""
     layer = case.layer(dtype)
-    layer = (ours_like(layer) if isinstance(layer, nn.LSTM) else layer).to(dtype)
+    layer = (ours_like(layer) if case.cell in PYTORCH else layer).to(dtype)
     with running_on(backend):
         results = differentiate(Called(case, layer), *case.arguments(dtype, dtype))
     case = dataclasses.replace(case, batch_first=False)
@@ -184,19 +193,24 @@ def fields(case: Case, **others: Any) -> tuple:
     return *dataclasses.astuple(case), *others.values()
 
 
+def exists(case: Case) -> bool:
+    """Return whether there is such a layer: of PyTorch's only the LSTM has projections."""
+    return not case.proj_size or case.cell not in PYTORCH or case.cell == "lstm"
+
+
 def pairs(dtypes: tuple[str, ...]) -> list:
     """Return cases, with a dtype each, in which every two values of two axes come together at least once."""
-    product = list(itertools.product(*AXES.values(), dtypes))
+    product = [values for values in itertools.product(*AXES.values(), dtypes) if exists(Case(*values[:-1]))]
     cases = [(Case(*product[k][:-1]), product[k][-1]) for k in covering(product, 2)]
     return [pytest.param(case, DTYPES[dtype], id=f"{case}-{dtype}") for case, dtype in cases]
 
 
-PRODUCT = itertools.product(("lstm", *VARIANTS), *list(AXES.values())[1:])
+CASES = [Case(*values) for values in itertools.product((*PYTORCH, *VARIANTS), *list(AXES.values())[1:])]
 
 
 @pytest.mark.covering(2, of=fields)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("case", [Case(*values) for values in PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [*filter(exists, CASES)], ids=str)
 def test_float64(case, backend):
     assert_right(case, backend, torch.float64)
 
