@@ -1,6 +1,7 @@
 """Gradients per sample: by a tool of hooks as Opacus has them, against one backward per sample."""
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -8,8 +9,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_map
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, TorchLSTM, per_sample
+from novolstm_triton import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    NovoLSTM,
+    NovoLSTMCell,
+    RecurrentCell,
+    RecurrentLayer,
+    RNNCell,
+    TorchLSTM,
+    per_sample,
+)
+from novolstm_triton.cells import CELLS
 
 from .support.layers import B, H, I, both, layer, sequence, states
 
@@ -57,9 +73,10 @@ class Model(nn.Module):
         x = first(x.transpose(0, 1))
         x = x if recurrent.batch_first else x.transpose(0, 1)
         y, state = recurrent(x, hx, lengths=lengths)
-        _, (h, c) = recurrent(x, state, lengths=lengths)
+        _, state = recurrent(x, state, lengths=lengths)
         y = y if recurrent.batch_first else y.transpose(0, 1)
-        return y.square().sum((1, 2)) + h.sin().sum((0, 2)) + c.square().sum((0, 2))
+        h, *others = in_tuple(state)
+        return y.square().sum((1, 2)) + h.sin().sum((0, 2)) + sum(c.square().sum((0, 2)) for c in others)
 
 
 class Steps(nn.Module):
@@ -73,7 +90,12 @@ class Steps(nn.Module):
         state = self.cell(x[0])
         for x_t in x[1:]:
             state = self.cell(x_t, state)
-        return state[0].square().sum(1) + state[1].sin().sum(1)
+        return sum(s.square().sum(1) + s.sin().sum(1) for s in in_tuple(state))
+
+
+def in_tuple(state):
+    """Return the states as a tuple, of a module that has one, too."""
+    return state if isinstance(state, tuple) else (state,)
 
 
 def one_by_one(model, *given):
@@ -91,7 +113,20 @@ LAYERS = {
     "lstm-projected": (LSTM, dict(proj_size=2, bias=False)),
     "formula": (NovoLSTM, dict(batch_first=True)),
     "notebook": (NovoLSTM, dict(variant="notebook", layer_norm="all", bidirectional=True)),
+    "gru": (GRU, dict(num_layers=2, bidirectional=True)),
+    "relu": (RNN, dict(nonlinearity="relu", batch_first=True, bias=False)),
+    "peephole": (functools.partial(RecurrentLayer, CELLS["peephole"]), {}),
+    "gru-reset-before": (functools.partial(RecurrentLayer, CELLS["gru_reset_before"]), dict(batch_first=True)),
 }
+
+KINDS = [LSTM, NovoLSTM, GRU, RNN, LSTMCell, NovoLSTMCell, GRUCell, RNNCell]
+CELL_KINDS: dict[str, Any] = {kind.__name__: kind for kind in KINDS[4:]}
+CELL_KINDS["peephole"] = functools.partial(RecurrentCell, CELLS["peephole"])
+
+
+def input_of(module):
+    """Return a sequence for a layer, and a step of it for a cell."""
+    return sequence() if isinstance(module, RecurrentLayer) else sequence()[0]
 
 
 @pytest.mark.parametrize("given", ["nothing", "states", "lengths"])
@@ -108,7 +143,7 @@ def test_gradients_of_a_layer_are_those_of_one_sample_after_the_other(kind, opti
     expected = one_by_one(
         plain,
         lambda b: x[:, b],
-        lambda b: None if hx is None else tuple(s[:, b] for s in hx),
+        lambda b: None if hx is None else tree_map(lambda s: s[:, b], hx),
         lambda b: None if lengths is None else lengths[b],
     )
     for (name, p), gradient in zip(model.named_parameters(), expected, strict=True):
@@ -116,7 +151,7 @@ def test_gradients_of_a_layer_are_those_of_one_sample_after_the_other(kind, opti
         torch.testing.assert_close(p.grad, gradient.sum(0))
 
 
-@pytest.mark.parametrize("kind", [LSTMCell, NovoLSTMCell])
+@pytest.mark.parametrize("kind", CELL_KINDS.values(), ids=CELL_KINDS)
 def test_gradients_of_a_cell_are_those_of_one_sample_after_the_other(kind):
     plain, x = Steps(kind(I, H)).double(), sequence(dtype=torch.float64)
     model = per_sample(copy.deepcopy(plain))
@@ -134,7 +169,7 @@ def test_long_lengths_are_exact_in_16_bits(kind):
     torch.testing.assert_close(per_sample(module)(x, lengths=lengths), expected)
 
 
-@pytest.mark.parametrize("kind", [LSTM, NovoLSTM, LSTMCell, NovoLSTMCell])
+@pytest.mark.parametrize("kind", KINDS)
 def test_model_keeps_parameters_names_and_type(kind):
     module = kind(I, H)
     before = dict(module.named_parameters())
@@ -142,16 +177,16 @@ def test_model_keeps_parameters_names_and_type(kind):
     assert per_sample(module) is module
     assert isinstance(module, kind)
     assert all(p is before[name] for name, p in module.named_parameters())
-    x = sequence() if issubclass(kind, (LSTM, NovoLSTM)) else sequence()[0]
+    x = input_of(module)
     torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), module(x))
 
 
-@pytest.mark.parametrize("kind", [LSTM, NovoLSTM, LSTMCell, NovoLSTMCell])
+@pytest.mark.parametrize("kind", KINDS)
 def test_module_as_it_is_refuses_in_words(kind):
     module = kind(I, H)
     Hooked(module)
     with pytest.raises(NotImplementedError, match=r"call novolstm_triton\.per_sample\(model\) first"):
-        module(sequence() if issubclass(kind, (LSTM, NovoLSTM)) else sequence()[0])
+        module(input_of(module))
 
 
 REFUSED = {

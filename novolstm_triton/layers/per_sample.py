@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from novolstm_triton.layers.gru import GRU, GRUCell
 from novolstm_triton.layers.layer import RecurrentLayer
 from novolstm_triton.layers.lstm import LSTM, LSTMCell
 from novolstm_triton.layers.novolstm import NovoLSTM, NovoLSTMCell
-from novolstm_triton.layers.recurrent import Recurrent, State, layer_weights
+from novolstm_triton.layers.recurrent import Recurrent, States, layer_weights
+from novolstm_triton.layers.rnn import RNN, RNNCell
 from novolstm_triton.layers.single_step import RecurrentCell
 from novolstm_triton.validation import check_lengths
 
@@ -20,7 +22,7 @@ def per_sample(model: nn.Module) -> nn.Module:
     Such a tool hooks a module, keeps its input and the gradient of its output, and runs the module again for each
     sample. It can do so with one tensor each, batch first, and not with lengths or states, whose part in the gradient
     would be lost. So the modules are changed: the hooks see one tensor with all that belongs to a sample, and one
-    result with y and both states. Calls, results, parameters, their names and the optimizer's view of them stay as they
+    result with y and the states. Calls, results, parameters, their names and the optimizer's view of them stay as they
     were.
 
     Args:
@@ -56,7 +58,7 @@ class _PerSample(Recurrent):
             return nn.Module.__call__(self, input)
         return self._call_with_rows(input, *args, **kwargs)
 
-    def _call_with_rows(self, input: Any, hx: State | None = None) -> Any:
+    def _call_with_rows(self, input: Any, hx: Any = None) -> Any:
         """Make one tensor of the arguments, call the module with its hooks, and undo the result."""
         raise NotImplementedError
 
@@ -65,7 +67,7 @@ class _PerSample(Recurrent):
 
 
 class _PerSampleLayer(_PerSample, RecurrentLayer):
-    def _call_with_rows(self, input: Any, hx: State | None = None, *, lengths: Tensor | None = None) -> Any:
+    def _call_with_rows(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None) -> Any:
         if isinstance(input, PackedSequence):
             self._refuse("expected padded input and lengths=, got a PackedSequence")
         if not isinstance(input, Tensor) or input.dim() != 3:
@@ -75,10 +77,12 @@ class _PerSampleLayer(_PerSample, RecurrentLayer):
         if self.training and (self.zoneout_h or self.zoneout_c):
             self._refuse("expected no zoneout, whose choices would be drawn again")
         x = input.transpose(0, 1) if self.batch_first else input
-        (steps, batch, _), (number, projected, hidden) = x.shape, self._state_sizes()
+        (steps, batch, _), (number, units) = x.shape, self._state_sizes()
         self._check_input(x, self._read_weights()[0][0]["weight_ih"])
-        shapes = (number, batch, projected), (number, batch, hidden)
-        states = map(x.new_zeros, shapes) if hx is None else self._check_state(hx, x, batch, True)
+        if hx is None:
+            states = tuple(x.new_zeros(number, batch, n) for n in units)
+        else:
+            states = self._check_state(hx, x, batch, True)
         parts = [x.transpose(0, 1), *(s.transpose(0, 1) for s in states)]
         if lengths is not None:
             ends = check_lengths(lengths, x)
@@ -87,14 +91,15 @@ class _PerSampleLayer(_PerSample, RecurrentLayer):
             parts.append((torch.arange(steps, device=x.device) < ends.unsqueeze(1)).to(x.dtype))
         rows = torch.cat([part.flatten(1) for part in parts], 1)
         # More dimensions than any input has; one more says that the valid steps are among the numbers.
-        result = nn.Module.__call__(self, rows.reshape(batch, *(1,) * len(parts[2:]), 1, rows.shape[1]))
-        y, h_n, c_n = self._split(result, steps * self._features(), number * projected, number * hidden)
-        y = y.reshape(batch, steps, -1)
-        h_n, c_n = (s.reshape(batch, number, -1).transpose(0, 1) for s in (h_n, c_n))
-        return (y if self.batch_first else y.transpose(0, 1)), (h_n, c_n)
+        more = (1,) * (2 if lengths is None else 3)
+        result = nn.Module.__call__(self, rows.reshape(batch, *more, rows.shape[1]))
+        features = units[0] * (2 if self.bidirectional else 1)
+        y, *after = result.split([steps * features, *(number * n for n in units)], 1)
+        y = y.reshape(batch, steps, features)
+        return (y if self.batch_first else y.transpose(0, 1)), self._shown(self._states_of(after))
 
     def forward(self, input: Tensor, *_: Any, **__: Any) -> Any:
-        """Run the layer on rows that hold all of a sample: x, h_0, c_0, and which steps are valid, if it has lengths.
+        """Run the layer on rows that hold all of a sample: x, its states, and which steps are valid, with lengths.
 
         Args:
             input: [B, 1, 1, ·], or [B, 1, 1, 1, ·] with the valid steps.
@@ -102,48 +107,46 @@ class _PerSampleLayer(_PerSample, RecurrentLayer):
             **__: likewise.
 
         Returns:
-            [B, ·], y, h_n and c_n of each sample.
+            [B, ·], y and the last states of each sample.
         """
         has_lengths, rows = input.dim() == 5, input.flatten(1)
-        batch, (number, projected, hidden) = rows.shape[0], self._state_sizes()
-        inputs = self.input_size + has_lengths
-        steps = (rows.shape[1] - number * (projected + hidden)) // inputs
-        x, h_0, c_0, valid = self._split(
-            rows, steps * self.input_size, number * projected, number * hidden, steps * has_lengths
-        )
+        batch, (number, units) = rows.shape[0], self._state_sizes()
+        steps = (rows.shape[1] - number * sum(units)) // (self.input_size + has_lengths)
+        sizes = [steps * self.input_size, *(number * n for n in units), steps * has_lengths]
+        x, *states, valid = rows.split(sizes, 1)
         x = x.reshape(batch, steps, self.input_size)
-        h_0, c_0 = (s.reshape(batch, number, -1).transpose(0, 1) for s in (h_0, c_0))
         lengths = (valid > 0.5).sum(1) if has_lengths else None
-        y, states = super().forward(x if self.batch_first else x.transpose(0, 1), (h_0, c_0), lengths=lengths)
+        hx = self._shown(self._states_of(states))
+        y, hx = super().forward(x if self.batch_first else x.transpose(0, 1), hx, lengths=lengths)
         y = y if self.batch_first else y.transpose(0, 1)
-        return torch.cat([part.flatten(1) for part in (y, *(s.transpose(0, 1) for s in states))], 1)
+        return torch.cat([part.flatten(1) for part in (y, *(s.transpose(0, 1) for s in self._tuple_of(hx)))], 1)
 
-    def _state_sizes(self) -> tuple[int, int, int]:
-        """Return the number of states, and the units of h and of c."""
-        return self.num_layers * (2 if self.bidirectional else 1), self.proj_size or self.hidden_size, self.hidden_size
+    def _state_sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Return the number of layers and directions, and the units of each of the cell's states."""
+        units = (self.proj_size or self.hidden_size, self.hidden_size)[: len(self._cell.states)]
+        return self.num_layers * (2 if self.bidirectional else 1), units
 
-    def _features(self) -> int:
-        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
-
-    @staticmethod
-    def _split(rows: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        return rows.split(sizes, 1)
+    def _states_of(self, parts: list[Tensor]) -> States:
+        """Return the states [layers and directions, B, ·] of parts of rows [B, ·]."""
+        number, _ = self._state_sizes()
+        return tuple(part.reshape(len(part), number, -1).transpose(0, 1) for part in parts)
 
 
 class _PerSampleCell(_PerSample, RecurrentCell):
-    def _call_with_rows(self, input: Any, hx: State | None = None) -> Any:
+    def _call_with_rows(self, input: Any, hx: Any = None) -> Any:
         if not isinstance(input, Tensor) or input.dim() != 2:
             self._refuse("expected a batched input Tensor, [B, I]")
-        state = input.new_zeros(len(input), self.hidden_size)
-        h, c = (state, state) if hx is None else self._check_state(hx, True)
-        self._check(input, (h, c), layer_weights(self, "")["weight_ih"])
-        rows = torch.cat((input, h, c), 1)
-        return nn.Module.__call__(self, rows.reshape(len(rows), 1, 1, -1)).chunk(2, 1)
+        number = len(self._cell.states)
+        zeros = (input.new_zeros(len(input), self.hidden_size),) * number
+        states = zeros if hx is None else self._check_state(hx, True)
+        self._check(input, states, layer_weights(self, "")["weight_ih"])
+        rows = torch.cat((input, *states), 1)
+        return self._shown(nn.Module.__call__(self, rows.reshape(len(rows), 1, 1, -1)).chunk(number, 1))
 
     def forward(self, input: Tensor, *_: Any, **__: Any) -> Any:
-        """Take a step for rows [B, 1, 1, I + 2H], each x, h and c of a sample; return [B, 2H], the new h and c."""
-        x, h, c = input.flatten(1).split((self.input_size, self.hidden_size, self.hidden_size), 1)
-        return torch.cat(super().forward(x, (h, c)), 1)
+        """Take a step for rows [B, 1, 1, ·], x and the states of a sample; return [B, ·], the new states."""
+        x, *states = input.flatten(1).split([self.input_size, *[self.hidden_size] * len(self._cell.states)], 1)
+        return torch.cat(self._tuple_of(super().forward(x, self._shown(tuple(states)))), 1)
 
 
 class PerSampleLSTM(_PerSampleLayer, LSTM):
@@ -154,6 +157,18 @@ class PerSampleNovoLSTM(_PerSampleLayer, NovoLSTM):
     """A `NovoLSTM` after `per_sample`."""
 
 
+class PerSampleGRU(_PerSampleLayer, GRU):
+    """A `GRU` after `per_sample`."""
+
+
+class PerSampleRNN(_PerSampleLayer, RNN):
+    """An `RNN` after `per_sample`."""
+
+
+class PerSampleRecurrentLayer(_PerSampleLayer):
+    """A `RecurrentLayer` after `per_sample`."""
+
+
 class PerSampleLSTMCell(_PerSampleCell, LSTMCell):
     """An `LSTMCell` after `per_sample`."""
 
@@ -162,9 +177,27 @@ class PerSampleNovoLSTMCell(_PerSampleCell, NovoLSTMCell):
     """A `NovoLSTMCell` after `per_sample`."""
 
 
+class PerSampleGRUCell(_PerSampleCell, GRUCell):
+    """A `GRUCell` after `per_sample`."""
+
+
+class PerSampleRNNCell(_PerSampleCell, RNNCell):
+    """An `RNNCell` after `per_sample`."""
+
+
+class PerSampleRecurrentCell(_PerSampleCell):
+    """A `RecurrentCell` after `per_sample`."""
+
+
 _COUNTERPARTS: dict[type, Any] = {
     LSTM: PerSampleLSTM,
     NovoLSTM: PerSampleNovoLSTM,
+    GRU: PerSampleGRU,
+    RNN: PerSampleRNN,
+    RecurrentLayer: PerSampleRecurrentLayer,
     LSTMCell: PerSampleLSTMCell,
     NovoLSTMCell: PerSampleNovoLSTMCell,
+    GRUCell: PerSampleGRUCell,
+    RNNCell: PerSampleRNNCell,
+    RecurrentCell: PerSampleRecurrentCell,
 }
