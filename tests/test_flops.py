@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from novolstm_triton import GRU, LSTM, LSTMCell, NovoLSTM, NovoLSTMCell, RecurrentLayer
+from novolstm_triton import GRU, LSTM, RNN, GRUCell, LSTMCell, NovoLSTM, NovoLSTMCell, RecurrentLayer, RNNCell
 from novolstm_triton.cells import CELLS
 
 from .support.layers import B, H, I, T, layer, sequence, states
@@ -22,6 +22,12 @@ OPTIONS = {
     "formula": (NovoLSTM, {}),
     "formula-masked": (NovoLSTM, dict(recurrent_dropout=0.2, zoneout_h=0.1)),
     "notebook": (NovoLSTM, dict(variant="notebook", layer_norm="all", bias=False)),
+    "gru": (GRU, {}),
+    "gru-stacked-bidirectional": (GRU, dict(num_layers=2, bidirectional=True, bias=False)),
+    "rnn": (RNN, {}),
+    "relu": (RNN, dict(nonlinearity="relu", num_layers=2, recurrent_dropout=0.2, zoneout_h=0.1)),
+    "peephole": (functools.partial(RecurrentLayer, CELLS["peephole"]), {}),
+    "gru-reset-before": (functools.partial(RecurrentLayer, CELLS["gru_reset_before"]), {}),
 }
 
 
@@ -34,8 +40,8 @@ def counted(call):
 
 def passes(module, x, hx=None, lengths=None):
     """Return the operations of forward and of backward."""
-    (y, (_, c_n)), forward = counted(lambda: module(x, hx, lengths=lengths))
-    return forward, counted((y.sum() + c_n.sum()).backward)[1]
+    (y, last), forward = counted(lambda: module(x, hx, lengths=lengths))
+    return forward, counted((y.sum() + last[-1].sum()).backward)[1]
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIONS.values(), ids=OPTIONS)
@@ -47,21 +53,6 @@ def test_counts_are_those_of_the_loop(kind, options, given):
     ours, expected = (passes(layer(kind, **options, backend=name), x, hx, lengths) for name in ("torch", "reference"))
     assert ours == expected
     assert expected[0] > 0
-
-
-@pytest.mark.parametrize("given", ["nothing", "state"])
-@pytest.mark.parametrize("name", ["gru", "gru_reset_before", "peephole"])
-def test_counts_of_cells_that_autograd_differentiates_are_those_of_the_loop(name, given):
-    results = []
-    for backend in ("torch", "reference"):
-        module = RecurrentLayer(CELLS[name], I, H, backend=backend)
-        number = len(CELLS[name].states)
-        hx = tuple(torch.ones(1, B, H, requires_grad=True) for _ in range(number)) if given == "state" else None
-        call = functools.partial(module, sequence(), hx[0] if hx and number == 1 else hx)
-        (y, _), forward = counted(call)
-        results.append((forward, counted(y.sum().backward)[1]))
-    assert results[0] == results[1]
-    assert results[0][0] > 0
 
 
 class Watching(TorchDispatchMode):
@@ -85,23 +76,25 @@ def test_gradients_are_the_same_while_operators_are_watched(modes):
 
 
 @pytest.mark.parametrize("frozen", ["weight_ih_l0", "weight_hh_l0", "weight_ih_l0 weight_hh_l0"])
-def test_gradients_that_nobody_asks_for_do_not_count(frozen):
+@pytest.mark.parametrize("kind", [LSTM, GRU, RNN])
+def test_gradients_that_nobody_asks_for_do_not_count(kind, frozen):
     results = []
     for name in ("torch", "reference"):
-        module = layer(LSTM, backend=name)
+        module = layer(kind, backend=name)
         for parameter in frozen.split():
             module.get_parameter(parameter).requires_grad_(False)
         results.append(passes(module, sequence()))
     assert results[0] == results[1]
 
 
-def test_formula_in_the_documentation():
-    blocks = H * (5 * I + 5 * H)
-    hx = states(layer(NovoLSTM), requires_grad=True)
-    assert passes(layer(NovoLSTM), sequence(requires_grad=True), hx) == (2 * T * B * blocks, 4 * T * B * blocks)
+@pytest.mark.parametrize(("kind", "number"), [(LSTM, 4), (NovoLSTM, 5), (GRU, 3), (RNN, 1)])
+def test_formula_in_the_documentation(kind, number):
+    blocks = H * (number * I + number * H)
+    hx = states(layer(kind), requires_grad=True)
+    assert passes(layer(kind), sequence(requires_grad=True), hx) == (2 * T * B * blocks, 4 * T * B * blocks)
 
 
-@pytest.mark.parametrize("kind", [LSTMCell, NovoLSTMCell])
+@pytest.mark.parametrize("kind", [LSTMCell, NovoLSTMCell, GRUCell, RNNCell])
 def test_cells_are_counted(kind):
     x, cells = torch.randn(B, I), [kind(I, H, backend=name) for name in ("torch", "reference")]
     ours, expected = (counted(lambda cell=cell: cell(x))[1] for cell in cells)
