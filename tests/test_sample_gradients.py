@@ -28,6 +28,7 @@ from novolstm_triton import (
 from novolstm_triton.cells import CELLS
 
 from .support.layers import B, H, I, both, layer, sequence, states
+from .support.twins import tuple_of
 
 # PyTorch says so of every first layer.
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -75,7 +76,7 @@ class Model(nn.Module):
         y, state = recurrent(x, hx, lengths=lengths)
         _, state = recurrent(x, state, lengths=lengths)
         y = y if recurrent.batch_first else y.transpose(0, 1)
-        h, *others = in_tuple(state)
+        h, *others = tuple_of(state)
         return y.square().sum((1, 2)) + h.sin().sum((0, 2)) + sum(c.square().sum((0, 2)) for c in others)
 
 
@@ -90,12 +91,7 @@ class Steps(nn.Module):
         state = self.cell(x[0])
         for x_t in x[1:]:
             state = self.cell(x_t, state)
-        return sum(s.square().sum(1) + s.sin().sum(1) for s in in_tuple(state))
-
-
-def in_tuple(state):
-    """Return the states as a tuple, of a module that has one, too."""
-    return state if isinstance(state, tuple) else (state,)
+        return sum(s.square().sum(1) + s.sin().sum(1) for s in tuple_of(state))
 
 
 def one_by_one(model, *given):
