@@ -94,7 +94,7 @@ def test_other_layers_of_a_model_file_compute_what_keras_computes(name):
 
 
 def test_other_layers_that_compute_something_else_are_refused():
-    words = "expected before with reset_after=True, got False: a GRU here resets after the product"
+    words = r"expected before with reset_after=True, got False: .* RecurrentLayer\(cells.CELLS\[\"gru_reset_before\"\]"
     with pytest.raises(ValueError, match=words):
         GRU.from_keras(OTHERS, layer="before")
     with pytest.raises(ValueError, match="expected relu with activation='tanh', got 'relu'"):
@@ -140,7 +140,7 @@ OTHER_ERRORS: dict[str, tuple] = {
     "reset-before": (
         GRU,
         [*other_arrays(GRU)[:2], np.zeros(3 * H)],
-        r"expected bias of shape \(2, 12\), got \(12,\), that of a GRU with reset_after=False.*'gru_reset_before'",
+        r"expected bias of shape \(2, 12\), got \(12,\), that of a GRU with reset_after=False: .*gru_reset_before",
     ),
     "gru-count": (GRU, other_arrays(GRU)[:1], "the weights of a keras.layers.GRU, got 1"),
     "gru-blocks": (GRU, [np.zeros((I, 4)), np.zeros((4, 4))], r"kernel of shape \(I, 3H\)"),

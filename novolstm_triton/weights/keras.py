@@ -12,7 +12,7 @@ from torch import Tensor
 from novolstm_triton.cells import CELLS, novolstm_cell
 from novolstm_triton.layers.recurrent import engine_weights, layer_weights
 from novolstm_triton.weights import check_fixed
-from novolstm_triton.weights.keras_files import read_layer
+from novolstm_triton.weights.keras_files import RESET_BEFORE, read_layer
 
 if TYPE_CHECKING:
     from novolstm_triton.layers.layer import RecurrentLayer
@@ -248,7 +248,7 @@ def _shapes(arrays: Arrays, theirs: _Layer) -> dict[str, tuple[int, ...]]:
     if theirs.two_biases and "bias" in arrays and arrays["bias"].shape == (rows,):
         raise ValueError(
             f"weights: expected bias of shape {(2, rows)}, got {(rows,)}, that of a {theirs.name} with "
-            "reset_after=False, which resets before the product; here it is the cell 'gru_reset_before'"
+            f"reset_after=False: {RESET_BEFORE}"
         )
     bias = (2, rows) if theirs.two_biases else (rows,)
     return {"kernel": (features, rows), "recurrent_kernel": (rows // blocks, rows), "bias": bias}

@@ -27,7 +27,10 @@ _DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError, zip
 _CONFIGURED = {"activation": "tanh", "recurrent_activation": "sigmoid", "merge_mode": "concat"}
 """How a layer in a file has to be configured, if the file says: this library computes nothing else."""
 
-_REASONS = {"reset_after": ": a GRU here resets after the product, as nn.GRU does"}
+RESET_BEFORE = """the GRU that resets before the product is here RecurrentLayer(cells.CELLS["gru_reset_before"], …)"""
+"""Where to find the function of a GRU that `GRU` does not compute."""
+
+_REASONS = {"reset_after": f": {RESET_BEFORE}"}
 """What a message adds about a setting."""
 
 
