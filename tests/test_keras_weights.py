@@ -127,6 +127,15 @@ def test_arrays_of_other_layers_return_unchanged(kind, count, directions):
     np.testing.assert_array_equal(named.to_keras()[0], arrays[0])
 
 
+@pytest.mark.parametrize("kind", [LSTM, GRU, RNN])
+def test_subclass_is_what_it_is_of_whatever_its_name(kind):
+    arrays = lstm_arrays() if kind is LSTM else other_arrays(kind)
+    for name in ("LSTM", "GRU", "RNN"):
+        layer = type(name, (kind,), {}).from_keras(arrays)
+        for got, array in zip(layer.to_keras(), arrays, strict=True):
+            np.testing.assert_array_equal(got, array)
+
+
 def test_to_keras_adds_the_biases_of_an_rnn_and_keeps_those_of_a_gru():
     rnn, gru = RNN(I, H), GRU(I, H)
     biases = [rnn.get_parameter(name) for name in ("bias_ih_l0", "bias_hh_l0")]

@@ -66,7 +66,7 @@ _LAYERS = {
     "GRU": _Layer("GRU", (1, 0, 2), two_biases=True),
     "RNN": _Layer("SimpleRNN", (0,)),
 }
-"""Keras's layers by the names of our classes."""
+"""Keras's layers by the names of PyTorch's, our classes' twins."""
 
 _FIXED = ("input_size", "hidden_size", "num_layers", "bias", "dropout", "bidirectional", "proj_size", "layer_norm")
 
@@ -165,7 +165,7 @@ def to_keras(layer: "RecurrentLayer") -> list[np.ndarray]:
 
 def _layer_like(cls: type[Any]) -> _Layer:
     """Return Keras's layer that computes what one of our classes, or a subclass of it, computes."""
-    return next(_LAYERS[base.__name__] for base in cls.__mro__ if base.__name__ in _LAYERS)
+    return _LAYERS[cls._twin.__name__]
 
 
 def _reordered(array: np.ndarray, theirs: _Layer) -> np.ndarray:
