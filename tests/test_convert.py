@@ -231,6 +231,17 @@ def test_parameters_that_are_not_a_layers(pytorchs, convert, make):
         convert(make(pytorchs))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("nonlinearity", "relu"), ("mode", "RNN_RELU")], ids=["nonlinearity", "mode"]
+)
+def test_what_nn_rnn_computes_is_taken_over(name, value):
+    """Its two attributes may disagree: its results go by `mode`."""
+    theirs = nn.RNN(I, H)
+    setattr(theirs, name, value)
+    assert_same_function(RNN.from_torch(theirs), theirs)
+    assert_same_function(convert_model(theirs, verbose=False)[0], theirs)
+
+
 def test_wrong_sources_and_options():
     with pytest.raises(TypeError, match=r"lstm: expected an nn\.LSTM, got GRU"):
         LSTM.from_torch(nn.GRU(I, H))

@@ -1,5 +1,6 @@
 """GRU and RNN called in every way in which nn.GRU and nn.RNN are: the same parameters, results and gradients."""
 
+import re
 from typing import Any
 
 import pytest
@@ -142,3 +143,40 @@ def test_a_seed_draws_the_same_cell(name):
         ours = getattr(novolstm_triton, name)(I, H, **options)
         assert list(ours.state_dict()) == list(theirs.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("steps", [1, T])
+def test_a_nonlinearity_set_on_a_layer_counts_everywhere(steps, backend):
+    expected = ours_like(theirs_of("relu"))
+    ours = ours_like(theirs_of("tanh"))
+    ours.nonlinearity = "relu"
+    assert (ours.nonlinearity, ours.mode, repr(ours)) == ("relu", "RNN_RELU", repr(expected))
+    x, h_0 = given(ours, steps)
+    with use_backend(backend):
+        results = ours(x, h_0)
+    torch.testing.assert_close(results, expected(x, h_0))
+    torch.testing.assert_close(ours.to_torch()(x, h_0), expected(x, h_0))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_a_nonlinearity_set_on_a_cell_counts_as_in_pytorch(backend):
+    theirs, ours = nn.RNNCell(I, H), novolstm_triton.RNNCell(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    ours.nonlinearity = theirs.nonlinearity = "relu"
+    x = sequence(1)[0]
+    with use_backend(backend):
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "RNNCell"])
+@pytest.mark.parametrize("wrong", ["sigmoid", None, ["relu"]], ids=["name", "none", "list"])
+def test_other_nonlinearities_are_refused(kind, wrong):
+    kind = getattr(novolstm_triton, kind)
+    words = re.escape(f"Unknown nonlinearity '{wrong}'. Select from 'tanh' or 'relu'.")
+    with pytest.raises(ValueError, match=words):
+        kind(I, H, nonlinearity=wrong)
+    module = kind(I, H)
+    with pytest.raises(ValueError, match=words):
+        module.nonlinearity = wrong
+    assert module.nonlinearity == "tanh"

@@ -26,7 +26,8 @@ def _cell_with(nonlinearity: Any) -> Cell:
     Raises:
         ValueError: there is none.
     """
-    if nonlinearity not in _OPERATORS:
+    # A tuple's, because a dictionary's `in` raises for what cannot be hashed.
+    if nonlinearity not in tuple(_OPERATORS):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return CELLS[f"elman_{nonlinearity}"]
 
@@ -34,8 +35,14 @@ def _cell_with(nonlinearity: Any) -> Cell:
 class _Steps(Recurrent):
     """Single steps by PyTorch's own operators."""
 
-    nonlinearity: str
-    """"tanh" or "relu"."""
+    @property
+    def nonlinearity(self) -> str:
+        """The function of a step, "tanh" or "relu"; may be set, and counts at the next call."""
+        return self._cell.name.removeprefix("elman_")
+
+    @nonlinearity.setter
+    def nonlinearity(self, nonlinearity: str) -> None:
+        self._cell = _cell_with(nonlinearity)
 
     def _defaults(self) -> Iterator[tuple[str, Any]]:
         yield "nonlinearity", "tanh"
@@ -76,9 +83,6 @@ class RNN(_Steps, RecurrentLayer):
 
     _twin = pytorch.RNN
 
-    mode: str
-    """"RNN_TANH" or "RNN_RELU", as nn.RNN calls its cell, for code that asks which states there are."""
-
     def __init__(
         self,
         input_size: int,
@@ -102,8 +106,11 @@ class RNN(_Steps, RecurrentLayer):
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         options = dict(recurrent_dropout=recurrent_dropout, zoneout_h=zoneout_h)
         super().__init__(cell, *sizes, device, dtype, **options, backend=backend)
-        self.nonlinearity = nonlinearity
-        self.mode = f"RNN_{nonlinearity.upper()}"
+
+    @property
+    def mode(self) -> str:
+        """What nn.RNN calls its cell, "RNN_TANH" or "RNN_RELU", for code that asks which states there are."""
+        return f"RNN_{self.nonlinearity.upper()}"
 
     @classmethod
     def from_torch(cls, rnn: nn.RNN, **options: Any) -> "RNN":
@@ -207,4 +214,3 @@ class RNNCell(_Steps, RecurrentCell):
         backend: str = "auto",
     ) -> None:
         super().__init__(_cell_with(nonlinearity), input_size, hidden_size, bias, device, dtype, backend=backend)
-        self.nonlinearity = nonlinearity

@@ -1,6 +1,7 @@
 """The weights of PyTorch's layers as this library's, and back; what makes a layer one that can be taken over whole."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from novolstm_triton.layers.novolstm import NovoLSTM
 
 _SIZES = ("num_layers", "bias", "batch_first", "bidirectional")
-_OWN_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
-    pytorch.LSTM: ("proj_size",),
-    pytorch.GRU: (),
-    pytorch.RNN: ("nonlinearity",),
+_OWN_SIZES: dict[type[nn.Module], dict[str, Callable[[Any], Any]]] = {
+    pytorch.LSTM: {"proj_size": operator.attrgetter("proj_size")},
+    pytorch.GRU: {},
+    # What nn.RNN computes goes by its mode, whatever its attribute `nonlinearity` has been set to.
+    pytorch.RNN: {"nonlinearity": lambda layer: layer.mode.removeprefix("RNN_").lower()},
 }
-"""PyTorch's layers that have a counterpart here, and the arguments that each has beside the others'."""
+"""PyTorch's layers that have a counterpart here, and the arguments that each has beside the others', of a layer."""
 FIXED = ("input_size", "hidden_size", *_SIZES, "proj_size", "nonlinearity", "dropout", "device", "dtype")
 """Options that a new layer takes from the one that it is made of."""
 REGULARISERS = ("recurrent_dropout", "zoneout_h", "zoneout_c")
@@ -172,7 +174,8 @@ def empty_like(cls: type[L], source: Any, options: Mapping[str, Any]) -> L:
 
 def _sizes(theirs: type[nn.Module], source: Any) -> dict[str, Any]:
     """Return the arguments of one of PyTorch's classes, beside the numbers of units, that make a layer's like."""
-    return {name: getattr(source, name) for name in (*_SIZES, *_OWN_SIZES[theirs])}
+    own = {name: value(source) for name, value in _OWN_SIZES[theirs].items()}
+    return {name: getattr(source, name) for name in _SIZES} | own
 
 
 def _name(layer: Any) -> str:
