@@ -1,4 +1,4 @@
-"""Layers on the CPU against nn.LSTM, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
+"""Layers on the CPU against those of PyTorch, float32, two threads: `pytest bench/bench_cpu.py --benchmark-only`.
 
 Two layers alternate, so that whatever else the machine does meets both, and the median ratio of their times is printed:
 `test_ratio` of forward + backward over a sequence, `test_ratio_of_a_step` of calls of a single step. For one layer at a
@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from novolstm_triton import LSTM, LSTMCell, NovoLSTM
+from novolstm_triton import GRU, LSTM, RNN, LSTMCell, NovoLSTM
 
-LAYERS = {"NovoLSTM": NovoLSTM, "LSTM": LSTM}
+# Ours, and PyTorch's.
+LAYERS = {
+    "NovoLSTM": (NovoLSTM, torch.nn.LSTM),
+    "LSTM": (LSTM, torch.nn.LSTM),
+    "GRU": (GRU, torch.nn.GRU),
+    "RNN": (RNN, torch.nn.RNN),
+}
 # (T, B, I, H)
 SIZES = [(512, 64, 256, 512), (256, 32, 256, 256), (1024, 8, 128, 128), (256, 1, 256, 256)]
 IDS = ["T{}-B{}-I{}-H{}".format(*sizes) for sizes in SIZES]
@@ -99,9 +105,10 @@ def ratio_of(benchmark: Any, jobs: dict[str, Callable[[], None]], rounds: int) -
 @pytest.mark.parametrize("name", LAYERS)
 def test_ratio(benchmark, name, sizes):
     benchmark.group = "ratio"
-    jobs = {name: job(LAYERS[name], sizes), "nn.LSTM": job(torch.nn.LSTM, sizes)}
-    ratio = ratio_of(benchmark, jobs, rounds_of(sizes))
-    print(f"\n{name} {sizes}: {ratio:.2f} times nn.LSTM")
+    ours, theirs = LAYERS[name]
+    other = f"nn.{theirs.__name__}"
+    ratio = ratio_of(benchmark, {name: job(ours, sizes), other: job(theirs, sizes)}, rounds_of(sizes))
+    print(f"\n{name} {sizes}: {ratio:.2f} times {other}")
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
