@@ -31,6 +31,88 @@ def places(
 
 
 @triton.jit
+def part_places(ROWS: tl.constexpr, SLICES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Return the places of all slices' parts in row sums [ROWS, SLICES], and which exist."""
+    row = tl.arange(0, BLOCK_R)[:, None]
+    slices = tl.arange(0, BLOCK_S)[None, :]
+    return row * SLICES + slices, (row < ROWS) & (slices < SLICES)
+
+
+@triton.jit
+def state_statistics(
+    given_ptr,
+    vectors_ptr,
+    rows_ptr,
+    stats,
+    eps,
+    update: tl.constexpr,
+    state_partials: tl.constexpr,
+    state_merge: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Return the statistics of the new c, whose row sums [STATE_ROWS, ROWS, SLICES] go to rows_ptr."""
+    row = tl.arange(0, BLOCK_R)
+    for slice in tl.static_range(SLICES):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        given = load_sums(given_ptr, place, ROWS * HIDDEN, mask, BLOCKS + 1)
+        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
+        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
+        count, counts = units_per_slice(slice, HIDDEN, UNITS, SLICES, BLOCK_S)
+        own = state_partials(c, count, is_unit)
+        tl.static_assert(len(own) == STATE_ROWS, "state_partials: expected as many row sums as state_rows says")
+        store_sums(rows_ptr, row * SLICES + slice, ROWS * SLICES, own, row < ROWS)
+    part_place, part_mask = part_places(ROWS, SLICES, BLOCK_R, BLOCK_S)
+    parts = load_sums(rows_ptr, part_place, ROWS * SLICES, part_mask, STATE_ROWS)
+    return state_merge(parts, counts, HIDDEN, eps)
+
+
+@triton.jit
+def state_gradients(
+    given_ptr,
+    vectors_ptr,
+    rows_ptr,
+    stats,
+    update: tl.constexpr,
+    grad_expose: tl.constexpr,
+    GATE_NORMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    STATE_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Return what each slice keeps of the way from dh to dc, and the row sums of all, which go to rows_ptr."""
+    row = tl.arange(0, BLOCK_R)
+    waiting = ()
+    for slice in tl.static_range(SLICES):
+        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
+        given = load_sums(given_ptr, place, ROWS * HIDDEN, mask, BLOCKS + 2)
+        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
+        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
+        own, pending = grad_expose(given[:BLOCKS], stats, c, given[BLOCKS + 1], vectors)
+        tl.static_assert(len(own) == STATE_SUMS, "grad_expose: expected as many row sums as state_grad_rows says")
+        store_sums(rows_ptr, row * SLICES + slice, ROWS * SLICES, own, row < ROWS)
+        waiting = waiting + (pending,)
+    part_place, part_mask = part_places(ROWS, SLICES, BLOCK_R, BLOCK_S)
+    return waiting, add_slices(load_sums(rows_ptr, part_place, ROWS * SLICES, part_mask, STATE_SUMS))
+
+
+@triton.jit
 def step_kernel(
     given_ptr,
     vectors_ptr,
@@ -83,8 +165,7 @@ def step_kernel(
     ROW_SIZE: tl.constexpr = ROWS * SLICES
     row = tl.arange(0, BLOCK_R)
     in_batch = row < ROWS
-    part_place = row[:, None] * SLICES + tl.arange(0, BLOCK_S)[None, :]
-    part_mask = in_batch[:, None] & (tl.arange(0, BLOCK_S) < SLICES)[None, :]
+    part_place, part_mask = part_places(ROWS, SLICES, BLOCK_R, BLOCK_S)
     for slice in tl.static_range(SLICES):
         place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
         z = load_sums(given_ptr, place, SIZE, mask, BLOCKS)
@@ -96,32 +177,20 @@ def step_kernel(
     stats = cell_merge(parts, counts, HIDDEN, eps, merge, GATE_NORMS)
     tl.static_assert(len(stats) == STATS, "merge: expected as many statistics as stats says")
     # What makes h of c by sums of it, and what these sums give the gradient of c.
-    state_partials_ptr = partials_ptr + PARTIALS * ROW_SIZE
-    state_sums_ptr = sums_ptr + SUMS * ROW_SIZE
-    for slice in tl.static_range(SLICES if STATE_ROWS > 0 else 0):
-        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
-        given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 1)
-        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
-        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
-        count, counts = units_per_slice(slice, HIDDEN, UNITS, SLICES, BLOCK_S)
-        own = state_partials(c, count, is_unit)
-        tl.static_assert(len(own) == STATE_ROWS, "state_partials: expected as many row sums as state_rows says")
-        store_sums(state_partials_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
-    if STATE_ROWS > 0:
-        parts = load_sums(state_partials_ptr, part_place, ROW_SIZE, part_mask, STATE_ROWS)
-        stats = stats + state_merge(parts, counts, HIDDEN, eps)
-        tl.static_assert(len(stats) == STATS + STATE_STATS, "state_merge: expected as many as state_stats says")
     state_waiting = ()
-    for slice in tl.static_range(SLICES if STATE_SUMS > 0 else 0):
-        place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
-        given = load_sums(given_ptr, place, SIZE, mask, BLOCKS + 2)
-        vectors = load_sums(vectors_ptr, unit, HIDDEN, is_unit, VECTORS)
-        _, c = cell_update(given[:BLOCKS], stats, given[BLOCKS], vectors, update, GATE_NORMS)
-        own, pending = grad_expose(given[:BLOCKS], stats, c, given[BLOCKS + 1], vectors)
-        tl.static_assert(len(own) == STATE_SUMS, "grad_expose: expected as many row sums as state_grad_rows says")
-        store_sums(state_sums_ptr, row * SLICES + slice, ROW_SIZE, own, in_batch)
-        state_waiting = state_waiting + (pending,)
-    state_sums = add_slices(load_sums(state_sums_ptr, part_place, ROW_SIZE, part_mask, STATE_SUMS))
+    if STATE_ROWS > 0:
+        stats = stats + state_statistics(
+            *(given_ptr, vectors_ptr, partials_ptr + PARTIALS * ROW_SIZE, stats, eps, update, state_partials),
+            *(state_merge, GATE_NORMS, BLOCKS, VECTORS, STATE_ROWS),
+            *(ROWS, HIDDEN, SLICES, UNITS, BLOCK_R, BLOCK_N, BLOCK_S),
+        )
+        tl.static_assert(len(stats) == STATS + STATE_STATS, "state_merge: expected as many as state_stats says")
+    if STATE_SUMS > 0:
+        state_waiting, state_sums = state_gradients(
+            *(given_ptr, vectors_ptr, sums_ptr + SUMS * ROW_SIZE, stats, update, grad_expose),
+            *(GATE_NORMS, BLOCKS, VECTORS, STATE_SUMS),
+            *(ROWS, HIDDEN, SLICES, UNITS, BLOCK_R, BLOCK_N, BLOCK_S),
+        )
     waiting = ()
     for slice in tl.static_range(SLICES):
         place, mask, unit, is_unit = places(slice, ROWS, HIDDEN, UNITS, BLOCK_R, BLOCK_N)
