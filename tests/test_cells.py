@@ -247,3 +247,8 @@ def test_gradients_of_both_orders(name):
     with plan.forced(chunk=2):
         assert torch.autograd.gradcheck(outputs, leaves)
         assert torch.autograd.gradgradcheck(outputs, leaves)
+
+
+def test_projection_needs_blocks_that_x_feeds():
+    with pytest.raises(ValueError, match="proj_size: the cell 'layer_norm_lstm' has blocks that x does not feed"):
+        RecurrentLayer(CELLS["layer_norm_lstm"], I, H, proj_size=2)

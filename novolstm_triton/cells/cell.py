@@ -207,6 +207,9 @@ class Cell:
             raise ValueError(f"{name}: the cell {self.name!r} has one state, and no projection")
         if self.second:
             raise ValueError(f"{name}: the cell {self.name!r} has a second product in a step, and no projection")
+        # The engine lets the h_0 of a projected layer in with x.
+        if self.first_input:
+            raise ValueError(f"{name}: the cell {self.name!r} has blocks that x does not feed, and no projection")
 
     def check_kernels(self) -> None:
         """Raise ValueError if the cell has no tile functions."""

@@ -42,8 +42,8 @@ class RecurrentLayer(Recurrent):
         batch_first: input and output are [B, T, ·] instead of [T, B, ·]. States keep their shape.
         dropout: probability of the dropout after every layer but the last.
         bidirectional: run every layer in both directions and concatenate their outputs.
-        proj_size: if above 0, h is projected to so many units P by weight_hr; for cells with two states and
-            no `second`.
+        proj_size: if above 0, h is projected to so many units P by weight_hr; for cells with two states,
+            no `second` and no block that h alone feeds.
         device: where the parameters live.
         dtype: dtype of the parameters.
         recurrent_dropout: probability with which a unit of h is dropped on its way to weight_hh, by one mask per

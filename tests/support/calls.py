@@ -174,7 +174,8 @@ def problems(
     # Over fewer units a normalisation makes of rounding errors hundreds of times as much.
     hidden = draw(st.integers(4 if CELLS[cell].vectors else 1, 9))
     direction = draw(st.sampled_from(("ahead", "reverse") if one_way else ("ahead", "reverse", "both")))
-    projected = projected and "c" in CELLS[cell].states and draw(st.integers(0, 3)) == 0
+    projectable = "c" in CELLS[cell].states and not CELLS[cell].first_input
+    projected = projected and projectable and draw(st.integers(0, 3)) == 0
     projection = draw(st.integers(0, hidden - 1)) if projected else 0
     regularised = not projection
     return Drawn(
