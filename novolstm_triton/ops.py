@@ -15,16 +15,13 @@ from torch import Tensor
 from novolstm_triton import flops
 from novolstm_triton.call import TENSORS, Call, Options, Saved, join_directions, state_dtype
 from novolstm_triton.cells import CELLS
-from novolstm_triton.engines import reference
+from novolstm_triton.engines import bptt, reference
 from novolstm_triton.plans import Pins, chunk_steps, in_force, pinned
-
-_WRITTEN = ("lstm", "formula", "formula_all", "notebook", "notebook_all")
-"""Cells with a hand-written backward in PyTorch."""
 
 
 def _implementation(backend: str, cell: str) -> Any:
     """Return the module with `forward` and `backward`, imported at first use: Triton need not be there for others."""
-    name = "launch" if backend == "triton" else "bptt" if cell in _WRITTEN else "recompute"
+    name = "launch" if backend == "triton" else "bptt" if cell in bptt.CELLS else "recompute"
     return importlib.import_module(f"novolstm_triton.engines.{name}")
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 from novolstm_triton.call import Call, Result, Saved, multiply_by_gain, state_dtype, vectors_with_gain
 from novolstm_triton.engines.chunks import chunk_spans, h_before, valid_steps
 
+CELLS = ("lstm", "formula", "formula_all", "notebook", "notebook_all")
+"""The names of the cells that this module runs."""
+
 _ALIGNMENT = 64
 """Bytes on whose multiples PyTorch begins its own tensors on a CPU."""
 

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from novolstm_triton import plan
 from novolstm_triton.cells import CELLS, with_kernels
+from novolstm_triton.engines import bptt
 from novolstm_triton.testing import cooperative
 
 from .interpreted import ROOMY, SELF_VALIDATING
-from .problems import NOVOLSTM, Problem
-
-WRITTEN = ("lstm", *NOVOLSTM)
-"""Cells with a hand-written backward on backend "torch"."""
+from .problems import Problem
 
 EXACT = (torch.float32, torch.float64)
 ALL = (*EXACT, torch.bfloat16, torch.float16)
@@ -169,7 +167,7 @@ def problems(
     steps = draw(st.integers(least_steps, 3 if interpreted else 7))
     rows = st.integers(1, 3 if interpreted else 6)
     batch = draw(rows | st.just(17) if interpreted and two_tiles and steps < 3 else rows)
-    known = with_kernels() if interpreted else WRITTEN if ordered and backend == "torch" else tuple(CELLS)
+    known = with_kernels() if interpreted else bptt.CELLS if ordered and backend == "torch" else tuple(CELLS)
     cell = draw(st.sampled_from(known))
     # Over fewer units a normalisation makes of rounding errors hundreds of times as much.
     hidden = draw(st.integers(4 if CELLS[cell].vectors else 1, 9))
