@@ -46,8 +46,9 @@ def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> li
     weights, valid = reference.weights_of(wide), valid_steps(call.lengths, steps)
     hidden, fed, seen = call.c_0.shape[1], cell.first_input, cell.recurrent
     dy, dh, dc = (g.to(wide.x.dtype) for g in grads)
-    dx = torch.empty_like(wide.x, memory_format=torch.contiguous_format)
-    dweight_ih, dweight_hh, dbias = (torch.zeros_like(a) for a in (wide.weight_ih, wide.weight_hh, wide.bias))
+    dx = torch.empty_like(wide.x, memory_format=torch.contiguous_format) if needs[0] else None
+    parameters = zip((wide.weight_ih, wide.weight_hh, wide.bias), needs[3:6], strict=True)
+    dweight_ih, dweight_hh, dbias = (torch.zeros_like(a) if needed else None for a, needed in parameters)
     dvectors = [torch.zeros_like(vector) for vector in weights.vectors]
     spans = chunk_spans(steps, chunk, call.reverse)
     for (low, high), border in zip(reversed(spans), reversed(c_border[:-1].unbind(0)), strict=True):
@@ -73,18 +74,23 @@ def backward(saved: Saved, grads: Sequence[Tensor], needs: Sequence[bool]) -> li
             total += part
         dz = dz.flatten(0, 1)
         x = _without_padding(wide.x[low:high], low, valid)
-        dx[low:high] = (dz[:, fed * hidden :] @ wide.weight_ih).view_as(x)
-        dweight_ih.addmm_(dz[:, fed * hidden :].t(), x.flatten(0, 1))
-        h_seen, first = h_seen.flatten(0, 1), cell.at_once * hidden
-        dweight_hh[:first].addmm_(dz[:, :first].t(), h_seen)
-        if cell.second is not None:
-            z_first = reference.first_product(z.flatten(0, 1), h_seen, weights, cell)[: cell.at_once]
-            dweight_hh[first:].addmm_(dz[:, first : seen * hidden].t(), cell.second.gate(tuple(z_first), h_seen))
-        dbias += dz.sum(0)
-    flat = torch.cat(dvectors) if dvectors else dbias.new_empty(0)
+        if dx is not None:
+            dx[low:high] = (dz[:, fed * hidden :] @ wide.weight_ih).view_as(x)
+        if dweight_ih is not None:
+            dweight_ih.addmm_(dz[:, fed * hidden :].t(), x.flatten(0, 1))
+        if dweight_hh is not None:
+            h_seen, first = h_seen.flatten(0, 1), cell.at_once * hidden
+            dweight_hh[:first].addmm_(dz[:, :first].t(), h_seen)
+            if cell.second is not None:
+                z_first = reference.first_product(z.flatten(0, 1), h_seen, weights, cell)[: cell.at_once]
+                dweight_hh[first:].addmm_(dz[:, first : seen * hidden].t(), cell.second.gate(tuple(z_first), h_seen))
+        if dbias is not None:
+            dbias += dz.sum(0)
+    flat = torch.cat(dvectors) if dvectors else wide.bias.new_empty(0)
     multiply_by_gain(flat, call)
     gradients = (dx, dh, dc, dweight_ih, dweight_hh, dbias, flat)
-    return [g.to(call.x.dtype) if needed else None for g, needed in zip(gradients, needs, strict=True)]
+    pairs = zip(gradients, needs, strict=True)
+    return [g.to(call.x.dtype) if needed and g is not None else None for g, needed in pairs]
 
 
 @contextlib.contextmanager
